@@ -1,0 +1,126 @@
+"""A child process that logs under its name, ends with its parent, and leaves nothing behind."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from launch.errors import StartFailed
+
+KEPT_LINES = 400
+
+# Triton's error level, or an exception's last line; and what Triton prints at every failed start
+# or on every machine without a GPU.
+TELLING = re.compile(r"Z E \d+ |^\w*(Error|Exception): ")
+USUAL = re.compile(r"CudaDriverHelper|Internal - failed to load all models")
+
+Echo = Callable[[str], None]
+
+
+class Child:
+    """A running command.
+
+    It leads its own process group, so that Ctrl-C in a terminal reaches only the launcher, which
+    then stops its children in order. The kernel sends it SIGTERM when the launcher dies, however
+    that happens (`setpriv --pdeathsig`, from util-linux, which every Debian has).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        environment: Mapping[str, str],
+        echo: Echo,
+    ) -> None:
+        """Start the command.
+
+        Args:
+            name: what the child is called in messages.
+            command: program and arguments.
+            environment: the whole environment of the child.
+            echo: receives every line of output, without the line end.
+        """
+        self.name = name
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._echo = echo
+        self._process = subprocess.Popen(  # noqa: S603
+            ["/usr/bin/setpriv", "--pdeathsig", "TERM", "--", *map(str, command)],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, name=f"{name} log", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is the id of the child's process group too."""
+        return self._process.pid
+
+    def exit_status(self) -> int | None:
+        """Exit status (negative: the signal that ended it), or None while it runs."""
+        return self._process.poll()
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float, stop: threading.Event) -> bool:
+        """Wait until `ready()`; False when `stop` was set first.
+
+        Raises:
+            StartFailed: the child ended, or `seconds` passed.
+        """
+        deadline = time.monotonic() + seconds
+        while not ready():
+            status = self.exit_status()
+            if status is not None:
+                self._reader.join(timeout=2)
+                raise StartFailed(
+                    f"{self.name} ended with exit status {status} before it was ready: "
+                    f"{self._reason()}"
+                )
+            if time.monotonic() > deadline:
+                raise StartFailed(
+                    f"{self.name} was not ready within {seconds:.0f} s: {self._reason()}"
+                )
+            if stop.wait(0.1):
+                return False
+        return True
+
+    def stop(self, grace: float) -> None:
+        """SIGTERM; after `grace` seconds SIGKILL to the whole process group."""
+        if self.exit_status() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=grace)
+            except subprocess.TimeoutExpired:
+                self._echo(f"{self.name}: still running after {grace:.0f} s, killed")
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to whatever is left of the process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(timeout=2)
+        if self._process.stdout:
+            self._process.stdout.close()
+
+    def _read(self) -> None:
+        for line in self._process.stdout or ():
+            self.lines.append(line.rstrip("\n"))
+            self._echo(self.lines[-1])
+
+    def _reason(self) -> str:
+        """The output line that most likely says what went wrong."""
+        lines = [line.strip() for line in self.lines if line.strip()]
+        telling = [line for line in lines if TELLING.search(line) and not USUAL.search(line)]
+        return (telling or lines or ["it printed nothing"])[-1]

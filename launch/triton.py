@@ -1,0 +1,249 @@
+"""NVIDIA's tritonserver out of the `nvidia-pytriton` wheel, as a child process.
+
+The wheel is used for its binaries alone (server, Python backend, one Python stub for each Python
+version); the product is a plain model repository, served the same way as by NVIDIA's container.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import secrets
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+from launch.child import Child, Echo
+from launch.errors import ModelMissing, ServerMissing, SharedLibraryMissing, StubMissing
+from launch.ports import check_free, free_ports
+
+START_SECONDS = 300.0
+STOP_SECONDS = 20.0
+
+# Nobody but the operator may touch these; the key is random and kept nowhere, so nobody can.
+# Loading and unloading models needs no entry: --model-control-mode=none refuses it.
+RESTRICTED = "shared-memory,trace,logging"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a Triton listens."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+    @property
+    def http(self) -> str:
+        """host:port for HTTP."""
+        return f"{self.host}:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        """host:port for gRPC."""
+        return f"{self.host}:{self.grpc_port}"
+
+    @property
+    def metrics(self) -> str:
+        """URL of the Prometheus metrics."""
+        return f"http://{self.host}:{self.metrics_port}/metrics"
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A tritonserver that is ready."""
+
+    address: Address
+    child: Child
+
+
+def local_address() -> Address:
+    """An address on this machine with ports that are free now."""
+    return Address("127.0.0.1", *free_ports(3))
+
+
+@contextlib.contextmanager
+def serve(
+    repository: Path,
+    *,
+    address: Address | None = None,
+    config_name: str | None = None,
+    echo: Echo = lambda line: None,
+    stop: threading.Event | None = None,
+) -> Iterator[Triton]:
+    """Run a tritonserver over a model repository, ready when the block begins, gone after it.
+
+    Args:
+        repository: folder of model folders.
+        address: where it listens; free ports of 127.0.0.1 when None.
+        config_name: Triton's `--model-config-name` (a file of `<model>/configs/`).
+        echo: receives the server's log lines.
+        stop: set from elsewhere, ends the wait for readiness early.
+
+    Raises:
+        LaunchError: the server cannot start; the subclass and the message say why.
+    """
+    address = address or local_address()
+    check_repository(repository)
+    check_free(
+        address.host,
+        {
+            "TRITON_HTTP_PORT": address.http_port,
+            "TRITON_GRPC_PORT": address.grpc_port,
+            "TRITON_METRICS_PORT": address.metrics_port,
+        },
+    )
+    wheel = _wheel()
+    environment = _environment(wheel)
+    stub = _stub(wheel, environment)
+    with tempfile.TemporaryDirectory(prefix="flownet2-triton-") as folder:
+        backends = _backends(wheel, stub, Path(folder))
+        command = _command(wheel, repository, backends, address, config_name)
+        child = Child("triton", command, environment, echo)
+        try:
+            child.wait_until(lambda: is_ready(address), START_SECONDS, stop or threading.Event())
+            yield Triton(address, child)
+        finally:
+            child.stop(STOP_SECONDS)
+
+
+def is_ready(address: Address) -> bool:
+    """True when the server answers and every model of its repository is loaded."""
+    url = f"http://{reachable(address.host)}:{address.http_port}/v2/health/ready"
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == HTTPStatus.OK)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def reachable(host: str) -> str:
+    """An address that reaches a server bound to `host` (0.0.0.0 is no destination)."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
+
+
+def check_repository(repository: Path) -> None:
+    """Make sure that at least one model is there and that each has its ONNX file.
+
+    Raises:
+        ModelMissing: no model, or one without `model.onnx`.
+    """
+    models = sorted(path.parent for path in repository.glob("*/config.pbtxt"))
+    incomplete = [model for model in models if not any(model.glob("*/model.*"))]
+    if not models or incomplete:
+        missing = (incomplete[0] if incomplete else repository / "flownet2") / "1" / "model.onnx"
+        raise ModelMissing(
+            f"{missing} is missing: `make model` writes it from the weights that ship, "
+            f"`python -m export --network … --weights FILE --repository {repository}` from yours"
+        )
+
+
+def _wheel() -> Path:
+    """Folder of the wheel that holds the server, its backends and stubs."""
+    package = importlib.util.find_spec("pytriton")
+    folder = Path(package.origin).parent / "tritonserver" if package and package.origin else None
+    if folder is None or not (folder / "bin" / "tritonserver").is_file():
+        raise ServerMissing(
+            "tritonserver is not installed in this Python environment: "
+            "`pip install nvidia-pytriton==0.7.0` (x86-64 and arm64 Linux only)"
+        )
+    return folder
+
+
+def _environment(wheel: Path) -> dict[str, str]:
+    """The server's environment: this environment's packages for the models of the Python backend
+    (its stub runs isolated and ignores PYTHONPATH, so the model reads it itself), and the
+    libraries of the wheel and of the running Python before those of the system."""
+    packages = wheel.parent.parent
+    libraries = [
+        str(packages / "nvidia_pytriton.libs"),
+        str(sysconfig.get_config_var("LIBDIR") or ""),
+        os.environ.get("LD_LIBRARY_PATH", ""),
+    ]
+    return {
+        **os.environ,
+        "PYTHONPATH": str(packages),
+        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
+    }
+
+
+def _stub(wheel: Path, environment: dict[str, str]) -> Path:
+    """The wheel's program that runs Python models, proven to start on this machine."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stubs = wheel / "python_backend_stubs"
+    stub = stubs / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = ", ".join(
+            sorted((one.name for one in stubs.iterdir()), key=lambda name: int(name.split(".")[1]))
+        )
+        raise StubMissing(
+            f"tritonserver's Python backend has no stub for Python {version}: "
+            f"make the environment with one of Python {known}"
+        )
+    # Without arguments it prints its usage and ends, if the loader finds all of its libraries.
+    trial = subprocess.run(  # noqa: S603
+        [stub], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    missing = re.search(r"loading shared libraries: (\S+): cannot open", trial.stderr)
+    if missing:
+        library = missing[1]
+        python = re.match(r"libpython(3\.\d+)\.so", library)
+        remedy = (
+            f"install the Debian package libpython{python[1]} "
+            f"(`sudo apt-get install libpython{python[1]}`)"
+            if python
+            else f"install the package that holds it (`apt-file search {library}` names it)"
+        )
+        raise SharedLibraryMissing(
+            f"tritonserver's Python backend needs the shared library {library}: {remedy}"
+        )
+    return stub
+
+
+def _backends(wheel: Path, stub: Path, folder: Path) -> Path:
+    """A backend directory as Triton wants it: the stub beside the Python backend.
+
+    Links in a folder of our own, since the wheel keeps the two apart and is not ours to change.
+    """
+    python = folder / "backends" / "python"
+    python.mkdir(parents=True)
+    for file in (*(wheel / "backends" / "python").glob("*triton_python*"), stub):
+        (python / file.name).symlink_to(file)
+    return python.parent
+
+
+def _command(
+    wheel: Path, repository: Path, backends: Path, address: Address, config_name: str | None
+) -> list[str]:
+    key = secrets.token_urlsafe(24)
+    return [
+        str(wheel / "bin" / "tritonserver"),
+        f"--model-repository={repository.resolve()}",
+        *([f"--model-config-name={config_name}"] if config_name else []),
+        f"--backend-directory={backends}",
+        "--model-control-mode=none",
+        "--disable-auto-complete-config",
+        f"--exit-timeout-secs={STOP_SECONDS / 2:.0f}",
+        "--log-format=ISO8601",
+        f"--http-address={address.host}",
+        f"--http-port={address.http_port}",
+        f"--grpc-address={address.host}",
+        f"--grpc-port={address.grpc_port}",
+        f"--metrics-address={address.host}",
+        f"--metrics-port={address.metrics_port}",
+        "--allow-gpu-metrics=false",
+        f"--http-restricted-api={RESTRICTED}:admin-key={key}",
+        f"--grpc-restricted-protocol={RESTRICTED}:admin-key={key}",
+        # Keepalive pings of clients and gateways come more often than gRPC's five minutes.
+        "--grpc-http2-min-recv-ping-interval-without-data=5000",
+        "--grpc-http2-max-ping-strikes=0",
+    ]
