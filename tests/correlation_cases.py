@@ -1,4 +1,4 @@
-"""The one table of correlation cases, and the brute-force reference that every implementation meets.
+"""The one table of correlation cases, with the brute-force reference that all of them meet.
 
 Used by the tests of the ONNX function body and of the ONNX Runtime op, and by
 ``plugins/test_cuda.py`` on a GPU machine; NumPy is all that importing it needs.
@@ -7,18 +7,12 @@ Used by the tests of the ONNX function body and of the ONNX Runtime op, and by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import onnx
-
 Array = NDArray[Any]
-
-DOMAIN = "flownet2"
-OP_TYPE = "Correlation"
 
 
 @dataclass(frozen=True)
@@ -146,41 +140,3 @@ def tolerance(dtype: type[np.floating[Any]]) -> dict[str, float]:
     if dtype is np.float16:
         return {"rtol": 2.0**-10, "atol": 2e-5}
     return {"rtol": 1e-5, "atol": 3e-6}
-
-
-def one_node_model(
-    case: Case,
-    dtype: type[np.floating[Any]] = np.float32,
-    functions: tuple[onnx.FunctionProto, ...] = (),
-    opset: int = 17,
-) -> onnx.ModelProto:
-    """An ONNX model of one Correlation node, `a`, `b` -> `c`, every size dynamic.
-
-    `functions` are the model-local functions that it carries (none: the runtime needs the op).
-    """
-    import onnx
-    from onnx import helper
-
-    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    node = helper.make_node(
-        OP_TYPE,
-        ["a", "b"],
-        ["c"],
-        domain=DOMAIN,
-        plugin_version="1",
-        plugin_namespace=DOMAIN,
-        **case.attributes,
-    )
-
-    def value(name: str, prefix: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, element, [f"{prefix}{axis}" for axis in "nchw"])
-
-    graph = helper.make_graph(
-        [node], "correlation", [value("a", "in_"), value("b", "in_")], [value("c", "out_")]
-    )
-    return helper.make_model(
-        graph,
-        functions=list(functions),
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=10,
-    )
