@@ -1,0 +1,1 @@
+"""Training of the weights that ship: data generator, losses, training loop and evaluation."""
