@@ -319,46 +319,50 @@ class FlowNet2(nn.Module):
 
     def normalise(self, image1: Tensor, image2: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 RGB ``[N, H, W, 3]`` to mean-free BGR ``[N, 3, H, W]``, 0..1 before the mean."""
-        dtype = next(self.parameters()).dtype
-        first, second = (x.flip(-1).permute(0, 3, 1, 2).to(dtype) / 255 for x in (image1, image2))
+        first, second = (x.flip(-1).permute(0, 3, 1, 2).float() / 255 for x in (image1, image2))
         mean1, mean2 = self.mean1[:, None, None], self.mean2[:, None, None]
         if self.pair_mean:
             mean1 = mean2 = torch.cat((first, second), dim=3).mean(dim=(2, 3), keepdim=True)
         return first - mean1, second - mean2
 
+    def predict(self, block: str, *inputs: Tensor) -> Tensor:
+        """The finest prediction of a block.
+
+        With half-precision weights only the blocks run in half precision: images, flow and what
+        warps by it stay float32, whose coordinates half precision could not tell apart.
+        """
+        dtype = next(self.parameters()).dtype
+        finest: Tensor = self.blocks[block](*(x.to(dtype) for x in inputs))[-1]
+        return finest.float()
+
     def estimate(self, image1: Tensor, image2: Tensor) -> Tensor:
         """Normalised images ``[N, 3, H, W]``, H and W multiples of 64, to flow ``[N, 2, H, W]``."""
         pair = torch.cat((image1, image2), dim=1)
         if self.network.cascade == ("SD",):
-            flow = self.blocks["sd"](pair)[-1] * SD_FLOW_SCALE
-            return resample(flow, *image1.shape[2:])
+            return resample(self.predict("sd", pair) * SD_FLOW_SCALE, *image1.shape[2:])
 
-        first = self.blocks["net1"]
-        prediction = (first(image1, image2) if isinstance(first, FlowNetC) else first(pair))[-1]
+        first = (image1, image2) if self.network.cascade[0] == "C" else (pair,)
+        prediction = self.predict("net1", *first)
         for position in range(2, len(self.network.cascade) + 1):
             flow = upsample_aligned(prediction * FLOW_SCALE)
-            inputs = self.refiner_inputs(image1, image2, flow)
-            prediction = self.blocks[f"net{position}"](inputs)[-1]
+            prediction = self.predict(
+                f"net{position}", self.refiner_inputs(image1, image2, flow)
+            )
         if not self.network.fusion:
             return resample(prediction * FLOW_SCALE, *image1.shape[2:])
 
         flow = upsample_nearest(prediction * FLOW_SCALE)
-        flow_sd = upsample_nearest(self.blocks["sd"](pair)[-1] * SD_FLOW_SCALE)
-        fused: Tensor = self.blocks["fusion"](
-            torch.cat(
-                (
-                    image1,
-                    flow_sd,
-                    flow,
-                    channel_norm(flow_sd),
-                    channel_norm(flow),
-                    channel_norm(image1 - warp(image2, flow_sd)),
-                    channel_norm(image1 - warp(image2, flow)),
-                ),
-                dim=1,
-            )
-        )[-1]
-        return fused
+        flow_sd = upsample_nearest(self.predict("sd", pair) * SD_FLOW_SCALE)
+        fusion_inputs = (
+            image1,
+            flow_sd,
+            flow,
+            channel_norm(flow_sd),
+            channel_norm(flow),
+            channel_norm(image1 - warp(image2, flow_sd)),
+            channel_norm(image1 - warp(image2, flow)),
+        )
+        return self.predict("fusion", torch.cat(fusion_inputs, dim=1))
 
     @staticmethod
     def refiner_inputs(image1: Tensor, image2: Tensor, flow: Tensor) -> Tensor:

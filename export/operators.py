@@ -4,8 +4,6 @@ Shapes are PyTorch's: features and images ``[N, C, H, W]``, flow ``[N, 2, H, W]`
 right) before v (down), in pixels of the tensor it goes with.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,40 +31,75 @@ def correlation(
         ``[N, D * D, H', W']`` with
         ``H' = ceil((H + 2 pad - 2 (max_displacement + kernel_size // 2)) / stride1)``.
     """
-    if torch.compiler.is_exporting():
-        exported: Tensor = torch.ops.flownet2.correlation(
-            a, b, pad, kernel_size, max_displacement, stride1, stride2
-        )
-        return exported
     height, width = a.shape[2:]
-    channels = a.shape[1]
+    if torch.compiler.is_exporting():  # the node of our own op, in place of the arithmetic below
+        shrink = 2 * (max_displacement + kernel_size // 2 - pad)
+        return torch.onnx.ops.symbolic(
+            "flownet2::Correlation",
+            (a, b),
+            {
+                "pad": pad,
+                "kernel_size": kernel_size,
+                "max_displacement": max_displacement,
+                "stride1": stride1,
+                "stride2": stride2,
+                "plugin_version": "1",
+                "plugin_namespace": "flownet2",
+            },
+            dtype=a.dtype,
+            shape=(
+                a.shape[0],
+                (2 * (max_displacement // stride2) + 1) ** 2,
+                (height - shrink + stride1 - 1) // stride1,
+                (width - shrink + stride1 - 1) // stride1,
+            ),
+            version=1,
+        )
+    return banded_correlation(a, b, pad, kernel_size, max_displacement, stride1, stride2)
+
+
+def banded_correlation(
+    a: Tensor,
+    b: Tensor,
+    pad: int,
+    kernel_size: int,
+    max_displacement: int,
+    stride1: int,
+    stride2: int,
+) -> Tensor:
+    """:func:`correlation` in standard operators: one batched matrix product for each dy.
+
+    A product compares every column of a row with every column; the diagonals within reach are the
+    cost volume, cut out by a reshape. (441 shifted products, or one product over all pairs of
+    positions, take several times as long.)
+    """
+    height, width = a.shape[2:]
     radius = max_displacement // stride2
     # The window of `a` runs over the padded map less the border that displacements may reach;
-    # `b` gets that border too (`reach` covers a max_displacement that stride2 does not divide).
+    # `b` keeps that border (`reach` covers a max_displacement that stride2 does not divide).
     reach = radius * stride2
     border = pad - max_displacement
-    a = F.pad(a, (border,) * 4)
-    b = F.pad(b, (border + reach,) * 4)
+    scale = a.shape[1] ** -0.5  # on both sides, so that half precision neither over- nor underflows
+    a = F.pad(a * scale, (border,) * 4)
+    b = F.pad(b * scale, (border + reach,) * 4)
     rows, columns = height + 2 * border, width + 2 * border
 
     # Columns of one residue modulo stride2 only ever meet columns of the same residue, so they are
     # laid side by side; the row products below then compute few pairs that nobody asked for.
-    groups = math.ceil(columns / stride2)
+    groups = (columns + stride2 - 1) // stride2
     missing = groups * stride2 - columns
     a = F.pad(a, (0, missing)).unflatten(3, (groups, stride2)).permute(0, 2, 4, 3, 1)
     b = F.pad(b, (0, missing)).unflatten(3, (groups + 2 * radius, stride2)).permute(0, 2, 4, 1, 3)
     bands = []
     for dy in range(2 * radius + 1):
-        first = dy * stride2
-        product = a @ b[:, first : first + rows]  # [N, rows, stride2, groups, groups + 2 radius]
+        # [N, rows, stride2, groups, groups + 2 radius]
+        product = a @ b.narrow(1, dy * stride2, rows)
         bands.append(_band(product, 2 * radius + 1))
     # [N, rows, stride2, groups, dy, dx] -> [N, dy * dx, rows, columns]
-    volume = torch.stack(bands, dim=4).permute(0, 4, 5, 1, 3, 2) / channels
-    volume = volume.flatten(4)[..., :columns].flatten(1, 2)
+    volume = torch.stack(bands, dim=4).permute(0, 4, 5, 1, 3, 2)
+    volume = volume.flatten(4).narrow(4, 0, columns).flatten(1, 2)
     if kernel_size > 1:
-        volume = F.avg_pool2d(volume, kernel_size, stride=stride1)
-        # Caffe counts windows with ceil, which for a window that fits is what avg_pool2d counts.
-        return volume
+        return F.avg_pool2d(volume, kernel_size, stride=stride1)
     return volume[:, :, ::stride1, ::stride1]
 
 
@@ -77,37 +110,7 @@ def _band(product: Tensor, width: int) -> Tensor:
     """
     n, m = product.shape[-2:]
     skewed = F.pad(product.flatten(-2), (0, n)).unflatten(-1, (n, m + 1))
-    return skewed[..., :width]
-
-
-@torch.library.custom_op("flownet2::correlation", mutates_args=())
-def _correlation_op(
-    a: Tensor,
-    b: Tensor,
-    pad: int,
-    kernel_size: int,
-    max_displacement: int,
-    stride1: int,
-    stride2: int,
-) -> Tensor:
-    """The node that an exported graph holds in place of the arithmetic above."""
-    return correlation(a, b, pad, kernel_size, max_displacement, stride1, stride2).contiguous()
-
-
-@_correlation_op.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    pad: int,
-    kernel_size: int,
-    max_displacement: int,
-    stride1: int,
-    stride2: int,
-) -> Tensor:
-    border = pad - max_displacement - kernel_size // 2
-    displacements = (2 * (max_displacement // stride2) + 1) ** 2
-    height, width = ((s + 2 * border + stride1 - 1) // stride1 for s in a.shape[2:])
-    return a.new_empty(a.shape[0], displacements, height, width)
+    return skewed.narrow(-1, 0, width)
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""Export of a network to one ONNX file with the contract's inputs and outputs.
+
+The file holds ``Correlation`` as a node of the domain ``flownet2``, and beside it the same
+operation as a model-local function in standard operators: a runtime with our kernel takes the
+kernel, any other inlines the function.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+import torch.fx.experimental._config as fx_config
+from onnx import helper
+from torch import Tensor, nn
+from torch.export import Dim
+
+from export.networks import FlowNet2
+from export.operators import banded_correlation
+
+DOMAIN = "flownet2"
+OPSET = 18
+# Sizes that tracing may assume: from two images and two tiles of 64 pixels up, for it could take
+# axes of size 1 for broadcast ones. The graph that comes out has no such limit.
+HEIGHT, WIDTH = Dim("height", min=65, max=16384), Dim("width", min=65, max=16384)
+BATCH = Dim("batch", min=2, max=64)
+
+
+def export_onnx(model: FlowNet2, half: bool = False) -> onnx.ModelProto:
+    """Export a network.
+
+    Inputs ``image1``, ``image2``: uint8 ``[N, H, W, 3]`` RGB; output ``flow``: float32
+    ``[N, H, W, 2]``; N, H and W dynamic.
+
+    Args:
+        half: float16 weights and convolutions; images, flow and warping stay float32.
+    """
+    model = model.eval()
+    if half:
+        model = model.half()
+        model.mean1, model.mean2 = model.mean1.float(), model.mean2.float()
+    images = tuple(torch.zeros(2, 130, 200, 3, dtype=torch.uint8) for _ in range(2))
+    shape = {0: BATCH, 1: HEIGHT, 2: WIDTH}
+    proto = _export(model, images, (shape, shape), ["image1", "image2"], ["flow"])
+    for value in (*proto.graph.input, *proto.graph.output):
+        for axis, name in enumerate(("batch", "height", "width")):
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+
+    nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
+    if nodes:
+        attributes = {a.name: helper.get_attribute_value(a) for a in nodes[0].attribute}
+        proto.functions.append(correlation_function(attributes, half))
+    onnx.checker.check_model(proto)
+    return proto
+
+
+class _BandedCorrelation(nn.Module):
+    def __init__(self, attributes: dict[str, int]) -> None:
+        super().__init__()
+        self.attributes = attributes
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return banded_correlation(a, b, **self.attributes)
+
+
+def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx.FunctionProto:
+    """``flownet2.Correlation`` in standard operators, for these values of its attributes.
+
+    It is the PyTorch formulation itself, exported, so that there is one.
+    """
+    numbers = {k: v for k, v in attributes.items() if not k.startswith("plugin_")}
+    dtype = torch.float16 if half else torch.float32
+    features = tuple(torch.zeros(2, 8, 24, 40, dtype=dtype) for _ in range(2))
+    shape = {
+        0: BATCH,
+        1: Dim("channels", min=2, max=4096),
+        2: Dim("rows", min=2, max=4096),
+        3: Dim("columns", min=2, max=4096),
+    }
+    graph = _export(
+        _BandedCorrelation(numbers), features, (shape, shape), ["a", "b"], ["volume"]
+    ).graph
+    constants = [
+        helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in graph.initializer
+    ]
+    return helper.make_function(
+        DOMAIN,
+        "Correlation",
+        ["a", "b"],
+        ["volume"],
+        [*constants, *graph.node],
+        [helper.make_opsetid("", OPSET)],
+        attributes=list(attributes),
+    )
+
+
+def _export(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    shapes: tuple[dict[int, Any], ...],
+    input_names: list[str],
+    output_names: list[str],
+) -> onnx.ModelProto:
+    with _quiet(), torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(
+            module,
+            inputs,
+            dynamic_shapes=shapes,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+    assert exported is not None
+    proto: onnx.ModelProto = exported.model_proto
+    for node in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
+        del node.metadata_props[:]  # traces of the exporter, with paths of this machine
+    del proto.graph.value_info[:]
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter warns of its own deprecations and of packages that we do not use."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
