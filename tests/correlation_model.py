@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
-
 from correlation_cases import Case
+from onnx import helper
 
 DOMAIN = "flownet2"
 
