@@ -168,7 +168,8 @@ class Decoder(nn.Module):
     """From the coarsest features to flow, level by level.
 
     At each level the skip features, the upsampled features and the upsampled flow of the level
-    below are joined (``concat``); a prediction reads them, through ``interconv`` where there is one.
+    below are joined (``concat``); a prediction reads them, through ``interconv`` where there is
+    one.
     """
 
     def __init__(
@@ -345,9 +346,7 @@ class FlowNet2(nn.Module):
         prediction = self.predict("net1", *first)
         for position in range(2, len(self.network.cascade) + 1):
             flow = upsample_aligned(prediction * FLOW_SCALE)
-            prediction = self.predict(
-                f"net{position}", self.refiner_inputs(image1, image2, flow)
-            )
+            prediction = self.predict(f"net{position}", self.refiner_inputs(image1, image2, flow))
         if not self.network.fusion:
             return resample(prediction * FLOW_SCALE, *image1.shape[2:])
 

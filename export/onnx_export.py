@@ -105,7 +105,8 @@ def _export(
     input_names: list[str],
     output_names: list[str],
 ) -> onnx.ModelProto:
-    with _quiet(), torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
+    patched = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with _quiet(), torch.no_grad(), patched:
         program = torch.export.export(
             module,
             inputs,
@@ -122,8 +123,9 @@ def _export(
         )
     assert exported is not None
     proto: onnx.ModelProto = exported.model_proto
+    # The exporter notes where each node came from, with paths of this machine.
     for node in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
-        del node.metadata_props[:]  # traces of the exporter, with paths of this machine
+        del node.metadata_props[:]  # type: ignore[attr-defined]
     del proto.graph.value_info[:]
     return proto
 

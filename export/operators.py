@@ -110,7 +110,8 @@ def _band(product: Tensor, width: int) -> Tensor:
     """
     n, m = product.shape[-2:]
     skewed = F.pad(product.flatten(-2), (0, n)).unflatten(-1, (n, m + 1))
-    return skewed.narrow(-1, 0, width)
+    band: Tensor = skewed.narrow(-1, 0, width)
+    return band
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
