@@ -1,0 +1,424 @@
+"""The application: routes, errors, and the OpenAPI document."""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from gateway import __version__, errors, images, metrics
+from gateway.admission import Admission
+from gateway.context import context_of
+from gateway.errors import GatewayError
+from gateway.flow import SCALE_HEADERS, TIMEOUT_HEADER, FlowService
+from gateway.inference import Cluster
+from gateway.middleware import (
+    ApiKeyMiddleware,
+    ContextMiddleware,
+    SecurityHeadersMiddleware,
+    read_keys,
+)
+from gateway.negotiation import FORMATS, JSON
+from gateway.settings import Settings
+
+log = logging.getLogger("gateway")
+
+LOAD = (errors.Overloaded, errors.QueueFull, errors.InferenceUnavailable)
+
+# An 8x8 grey PNG; the examples of the OpenAPI document must be images.
+_EXAMPLE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAC0lEQVR42mOgFwAAAEgAAQFI6PAAAAAASUVORK5CYII="
+)
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it."""
+
+    type: str = Field(description="stable name of the cause")
+    title: str = Field(description="the cause in words")
+    status: int = Field(description="HTTP status")
+    detail: str = Field(description="what is wrong with this request, and what to change")
+    field: str | None = Field(None, description="field, parameter or header that it is about")
+    request_id: str = Field(description="the request's `X-Request-ID`")
+
+
+class Status(BaseModel):
+    """What a probe answers."""
+
+    status: str
+
+
+class ServedModel(BaseModel):
+    """A network that is loaded, and whose weights it has."""
+
+    name: str = Field(description="for `?model=`")
+    version: str
+    network: str | None = Field(description="name of the network's architecture")
+    parameters: int | None = Field(description="number of weights and biases")
+    weights_source: str | None
+    weights_license: str | None
+    default: bool = Field(description="whether it answers requests without `?model=`")
+
+
+class Models(BaseModel):
+    """The networks that are loaded."""
+
+    models: list[ServedModel]
+
+
+class EndpointHealth(BaseModel):
+    """One Triton, as last seen."""
+
+    address: str
+    serving: bool
+    version: str = Field(description="Triton's version; empty while it was never reached")
+    models: list[str]
+    trouble: str
+
+
+class Health(BaseModel):
+    """The gateway and what it stands on."""
+
+    status: Literal["ok", "unavailable", "stopping"]
+    version: str = Field(description="the gateway's version")
+    model: ServedModel | None = Field(description="the default model, while it is served")
+    triton: list[EndpointHealth]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The gateway as an ASGI application.
+
+    Raises:
+        ValueError: a setting cannot be used; the message names it.
+    """
+    images.configure_pillow(settings.max_image_pixels)
+    cluster = Cluster(settings.triton_endpoints)
+    admission = Admission(settings.max_in_flight, settings.max_waiting, settings.max_buffered_bytes)
+    measured = metrics.Metrics(admission, cluster)
+    threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="gateway")
+    service = FlowService(settings, cluster, admission, measured, threads)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await cluster.start()
+        yield
+        await cluster.close()
+        threads.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="FlowNet2",
+        version=__version__,
+        summary="Optical flow between two images, by FlowNet 2.0 on NVIDIA Triton.",
+        license_info={"name": "GPL-3.0-or-later", "identifier": "GPL-3.0-or-later"},
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.stopping = False
+    _add_middleware(app, settings, measured)
+    _add_error_handlers(app, settings, measured)
+    _add_flow(app, settings, service)
+    _add_reports(app, settings, cluster, measured)
+    _declare_problem(app)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, measured: metrics.Metrics) -> None:
+    """Innermost first."""
+    retry = settings.retry_after_s
+    if settings.api_keys_file:
+        app.add_middleware(
+            ApiKeyMiddleware, keys=read_keys(settings.api_keys_file), retry_after_s=retry
+        )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[*SCALE_HEADERS, "X-Request-ID", "Server-Timing", "Retry-After"],
+        )
+    if settings.otlp_endpoint:
+        from gateway import tracing  # noqa: PLC0415  an extra
+
+        provider = tracing.start(settings.otlp_endpoint)
+        app.add_middleware(tracing.TracingMiddleware, tracer=provider.get_tracer("gateway"))
+    app.add_middleware(ContextMiddleware, metrics=measured, retry_after_s=retry)
+    app.add_middleware(SecurityHeadersMiddleware)
+
+
+def _add_error_handlers(app: FastAPI, settings: Settings, measured: metrics.Metrics) -> None:
+    async def on_gateway_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, GatewayError)
+        context = context_of(request)
+        context.outcome = errors.KINDS[type(error)].slug
+        if isinstance(error, LOAD):
+            measured.rejected.labels(context.outcome).inc()
+        if isinstance(error, errors.ModelFailed):
+            log.error("%s", error.detail, extra={"request_id": context.request_id})
+        return errors.problem(error, context.request_id, settings.retry_after_s)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == errors.KINDS[errors.MethodNotAllowed].status:
+            allowed = dict(error.headers or {})
+            return await on_gateway_error(
+                request,
+                errors.MethodNotAllowed(
+                    f"Use {allowed.get('Allow', 'another method')}.", headers=allowed
+                ),
+            )
+        return await on_gateway_error(
+            request, errors.NotFound("The API is described at /docs; flow is at /estimate_flow/.")
+        )
+
+    async def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return await on_gateway_error(
+            request, errors.InvalidParameter(f"{name}: {first['msg']}.", field=name)
+        )
+
+    async def on_memory_error(request: Request, _: Exception) -> Response:
+        return await on_gateway_error(
+            request, errors.Overloaded("The gateway is out of memory. Try again later.")
+        )
+
+    app.add_exception_handler(GatewayError, on_gateway_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(MemoryError, on_memory_error)
+
+
+def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
+    async def estimate_flow(
+        request: Request,
+        size: Annotated[
+            Literal["512", "native"],
+            Query(
+                description="`512`: the images are resized to 512x512 and the flow is on that "
+                "grid, in pixels of the original images. `native`: the images' own size."
+            ),
+        ] = "512",
+        model: Annotated[
+            str,
+            Query(
+                description="a name from `/models`; the default model if left out",
+                max_length=128,
+            ),
+        ] = settings.default_model,
+    ) -> Response:
+        """The optical flow from the first image to the second.
+
+        Both images are resized to 512x512, then converted to RGB; EXIF orientation is ignored.
+        The flow is already multiplied by the back factors: a client resizes the matrix to the
+        images' size and multiplies nothing.
+        """
+        return await service.answer(request, model, size == "native")
+
+    declared: dict[str, Any] = {
+        "summary": "Estimate optical flow",
+        "responses": errors.openapi_responses(
+            errors.BadJson,
+            errors.BadMultipart,
+            *([errors.Unauthorized] if settings.api_keys_file else []),
+            errors.UnknownModel,
+            errors.MethodNotAllowed,
+            errors.NotAcceptable,
+            errors.BodyTimeout,
+            errors.BodyTooLarge,
+            errors.ImageTooLarge,
+            errors.UnsupportedMediaType,
+            errors.UnsupportedImageFormat,
+            errors.InvalidParameter,
+            errors.MissingField,
+            errors.UnexpectedField,
+            errors.WrongType,
+            errors.BadBase64,
+            errors.NotAnImage,
+            errors.DamagedImage,
+            errors.AnimatedImage,
+            errors.ImageTooSmall,
+            errors.SizesDiffer,
+            errors.InternalError,
+            errors.ModelFailed,
+            *LOAD,
+            errors.DeadlineExceeded,
+        )
+        | {200: _flow_response()},
+        "response_class": Response,
+        "openapi_extra": {
+            "requestBody": _flow_request(),
+            "parameters": [_timeout_parameter(settings)],
+        },
+        "dependencies": [Depends(service.admitted)],
+    }
+    app.post("/estimate_flow/", **declared)(estimate_flow)
+    app.post("/estimate_flow", include_in_schema=False, **declared)(estimate_flow)
+
+
+def _flow_request() -> dict[str, Any]:
+    def schema(fields: tuple[str, ...], kind: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": dict.fromkeys(fields, kind),
+            "required": list(fields),
+            "additionalProperties": False,
+        }
+
+    return {
+        "required": True,
+        "description": "Two images of one size. JSON is read under any of the types that clients "
+        "send without saying so (`curl -d`, none at all).",
+        "content": {
+            JSON: {
+                "schema": schema(
+                    ("image1_base64", "image2_base64"),
+                    {
+                        "type": "string",
+                        "format": "byte",
+                        "description": "an image file in base64: plain or URL-safe, also with the "
+                        "prefix of a data URL",
+                    },
+                ),
+                "example": {"image1_base64": _EXAMPLE, "image2_base64": _EXAMPLE},
+            },
+            "multipart/form-data": {
+                "schema": schema(("image1", "image2"), {"type": "string", "format": "binary"})
+            },
+        },
+    }
+
+
+def _flow_response() -> dict[str, Any]:
+    vector = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+    flow = {"type": "array", "items": {"type": "array", "items": vector}}
+    factor = {"type": "number", "exclusiveMinimum": 0}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content: dict[str, Any] = dict.fromkeys(FORMATS, binary) | {
+        JSON: {
+            "schema": {
+                "type": "object",
+                "required": ["flow", "scale_x_back_factor", "scale_y_back_factor"],
+                "properties": {
+                    "flow": flow | {"description": "[height][width][u to the right, v down]"},
+                    "scale_x_back_factor": factor | {"description": "width / 512"},
+                    "scale_y_back_factor": factor | {"description": "height / 512"},
+                },
+            },
+            "example": {
+                "flow": [[[-0.4425, 0.1344], [-0.5788, 0.4257]]],
+                "scale_x_back_factor": 4.0,
+                "scale_y_back_factor": 4.0,
+            },
+        }
+    }
+    formats = "; ".join(f"`{name}`: {form.description}" for name, form in FORMATS.items())
+    return {
+        "description": f"The flow, in the format that `Accept` asks for. {formats}.",
+        "headers": {name: {"schema": factor, "required": True} for name in SCALE_HEADERS},
+        "content": content,
+    }
+
+
+def _timeout_parameter(settings: Settings) -> dict[str, Any]:
+    return {
+        "name": TIMEOUT_HEADER,
+        "in": "header",
+        "required": False,
+        "description": f"seconds that the answer may take; at most {settings.max_timeout_s:g}",
+        "schema": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "default": settings.default_timeout_s,
+        },
+    }
+
+
+def _add_reports(
+    app: FastAPI, settings: Settings, cluster: Cluster, measured: metrics.Metrics
+) -> None:
+    def served() -> list[ServedModel]:
+        return [
+            ServedModel(**vars(model), default=name == settings.default_model)
+            for name, model in sorted(cluster.models().items())
+        ]
+
+    @app.get("/models", responses=errors.openapi_responses(errors.MethodNotAllowed))
+    async def models() -> Models:
+        """The networks that are loaded, with the source and licence of their weights."""
+        return Models(models=served())
+
+    @app.get("/livez")
+    async def livez() -> Status:
+        """Whether the process answers."""
+        return Status(status="ok")
+
+    @app.get(
+        "/readyz",
+        responses=errors.openapi_responses(errors.InferenceUnavailable, errors.Stopping),
+    )
+    async def readyz() -> Status:
+        """Whether requests for flow are answered: some Triton serves the default model."""
+        if app.state.stopping:
+            raise errors.Stopping("The gateway is shutting down.")
+        cluster.require(settings.default_model, settings.default_model)
+        return Status(status="ok")
+
+    @app.get("/healthz")
+    async def healthz() -> Health:
+        """Versions and states of the gateway, of every Triton, and of the default model."""
+        default = next((model for model in served() if model.default), None)
+        ok: Literal["ok", "unavailable"] = "ok" if default else "unavailable"
+        return Health(
+            status="stopping" if app.state.stopping else ok,
+            version=__version__,
+            model=default,
+            triton=[
+                EndpointHealth(
+                    address=endpoint.address,
+                    serving=bool(endpoint.models),
+                    version=endpoint.version,
+                    models=sorted(endpoint.models),
+                    trouble=endpoint.trouble,
+                )
+                for endpoint in cluster.endpoints
+            ],
+        )
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def prometheus() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(measured.exposition(), media_type=metrics.CONTENT_TYPE)
+
+
+def _declare_problem(app: FastAPI) -> None:
+    """Put the schema of errors, which no route returns as a model, into the OpenAPI document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas["Problem"] = Problem.model_json_schema()
+        for path in document["paths"].values():
+            for operation in path.values():
+                responses = operation["responses"]
+                validation = responses.get("422", {}).get("content", {})
+                if "HTTPValidationError" in str(validation.get(JSON)):
+                    del validation[JSON]
+        schemas.pop("HTTPValidationError", None)
+        schemas.pop("ValidationError", None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,250 @@
+"""`POST /estimate_flow/`: two images in, their optical flow out."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway import body, images
+from gateway.admission import Admission, Reservation
+from gateway.context import Context, context_of
+from gateway.encoding import Flow
+from gateway.errors import (
+    BodyTimeout,
+    ClientGone,
+    DeadlineExceeded,
+    InvalidParameter,
+    ModelFailed,
+)
+from gateway.inference import Cluster
+from gateway.metrics import Metrics
+from gateway.negotiation import ENCODINGS, Format, choose_encoding, choose_format
+from gateway.settings import Settings
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+SCALE_HEADERS = ("X-Scale-X-Back-Factor", "X-Scale-Y-Back-Factor")
+
+SEND_BYTES = 256 * 1024
+STALL_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+class PatientResponse(Response):
+    """Sends its content in pieces, so that what a slow client has not read stays here, counted,
+    and gives up on a client that reads nothing for a while."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        for start in range(0, len(self.body), SEND_BYTES):
+            piece = bytes(self.body[start : start + SEND_BYTES])
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except TimeoutError:
+                raise ClientGone("The client stopped reading the answer.") from None
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A flow, encoded."""
+
+    content: bytes
+    encoding: str | None
+    scale_x: float
+    scale_y: float
+
+
+@dataclass
+class FlowService:
+    """Does what one request asks for, within the gateway's limits."""
+
+    settings: Settings
+    cluster: Cluster
+    admission: Admission
+    metrics: Metrics
+    threads: ThreadPoolExecutor
+
+    async def admitted(self) -> AsyncIterator[None]:
+        """FastAPI dependency: hold a place until the answer is sent."""
+        with self.admission.enter():
+            yield
+
+    async def answer(self, request: Request, model: str, native: bool) -> Response:
+        """Read, decode, infer, encode.
+
+        Raises:
+            GatewayError: whatever is wrong; see `gateway.errors`.
+        """
+        context = context_of(request)
+        form = choose_format(request.headers.get("accept", ""))
+        encoding = choose_encoding(request.headers.get("accept-encoding", ""))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout(request)
+        self.cluster.require(model, self.settings.default_model)
+        with self.admission.reserve() as reservation:
+            content = await self._read(request, context, reservation, deadline)
+            answer = await self._until(
+                deadline,
+                request.receive,
+                self._infer(
+                    Job(
+                        content,
+                        request.headers.get("content-type", ""),
+                        model,
+                        native,
+                        form,
+                        encoding if form.compressible else None,
+                        deadline,
+                    ),
+                    reservation,
+                    context,
+                ),
+            )
+        self.metrics.answer_bytes.observe(len(answer.content))
+        headers = {
+            SCALE_HEADERS[0]: repr(answer.scale_x),
+            SCALE_HEADERS[1]: repr(answer.scale_y),
+            "Vary": "Accept, Accept-Encoding",
+            **({"Content-Encoding": answer.encoding} if answer.encoding else {}),
+        }
+        return PatientResponse(answer.content, 200, headers, form.media_type)
+
+    def _timeout(self, request: Request) -> float:
+        header = request.headers.get(TIMEOUT_HEADER)
+        if header is None:
+            return self.settings.default_timeout_s
+        try:
+            seconds = float(header)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise InvalidParameter(
+                f"{TIMEOUT_HEADER} must be a positive number of seconds.", field=TIMEOUT_HEADER
+            )
+        return min(seconds, self.settings.max_timeout_s)
+
+    async def _read(
+        self, request: Request, context: Context, reservation: Reservation, deadline: float
+    ) -> bytearray:
+        try:
+            with context.stage("read"):
+                async with asyncio.timeout_at(deadline):
+                    content = await body.read(request, self.settings.max_body_bytes, reservation)
+        except TimeoutError:
+            raise BodyTimeout("The body did not arrive before the request's deadline.") from None
+        except ClientDisconnect:
+            raise ClientGone("The client closed the connection.") from None
+        self.metrics.body_bytes.observe(len(content))
+        return content
+
+    async def _until(self, deadline: float, receive: Receive, work: Awaitable[T]) -> T:
+        """Do the work, unless the deadline passes or the client goes away first."""
+        task = asyncio.ensure_future(work)
+        watch = asyncio.create_task(_disconnected(receive))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+                if not task.done():
+                    raise ClientGone("The client closed the connection.")
+                return await task
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The flow was not ready before the request's deadline; "
+                f"{TIMEOUT_HEADER} sets it, up to {self.settings.max_timeout_s:g} seconds."
+            ) from None
+        finally:
+            task.cancel()
+            watch.cancel()
+            await asyncio.gather(task, watch, return_exceptions=True)
+
+    async def _infer(self, job: "Job", reservation: Reservation, context: Context) -> Answer:
+        run = self._run
+        with context.stage("decode"):
+            pair = await run(job.open, self.settings)
+        first = next(iter(pair.values()))
+        self.metrics.image_pixels.observe(first.width * first.height)
+        size = images.working_bytes(first, job.native)
+        queued = asyncio.get_running_loop().time()
+        async with self.admission.in_flight(size):
+            context.stages["queue"] = asyncio.get_running_loop().time() - queued
+            with context.stage("decode"):
+                loaded = await run(job.decode, pair)
+            pair.clear()
+            reservation.release()
+            with context.stage("resize"):
+                image1, image2 = await run(job.resize, loaded)
+            with context.stage("infer"):
+                flow = await self.cluster.infer(
+                    job.model,
+                    image1,
+                    image2,
+                    deadline=job.deadline,
+                    request_id=context.request_id,
+                    headers=context.trace_headers,
+                )
+            with context.stage("encode"):
+                return await run(job.encode, flow, first.size)
+
+    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+
+
+@dataclass
+class Job:
+    """One request's work that runs in threads."""
+
+    content: bytearray
+    content_type: str
+    model: str
+    native: bool
+    form: Format
+    encoding: str | None
+    deadline: float
+
+    def open(self, settings: Settings) -> dict[str, Image.Image]:
+        """Parse the body and the images' headers; the body is let go."""
+        content, self.content = self.content, bytearray()
+        files = body.parse(content, self.content_type)
+        pair = images.open_pair(files, settings.image_formats, settings.max_image_pixels)
+        if self.native:
+            for field, image in pair.items():
+                images.check_native(image, field, settings.max_native_pixels)
+        return pair
+
+    def decode(self, pair: dict[str, Image.Image]) -> list[Image.Image]:
+        """Decode the pixels."""
+        return [images.load(image, field) for field, image in pair.items()]
+
+    def resize(self, pair: list[Image.Image]) -> list[images.Pixels]:
+        """Make the pixels what the model takes."""
+        return [images.to_rgb(image, self.native) for image in pair]
+
+    def encode(self, flow: Flow, size: tuple[int, int]) -> Answer:
+        """Scale the flow back to the images' own pixels, and encode it."""
+        scale_x, scale_y = 1.0, 1.0
+        if not self.native:
+            scale_x, scale_y = (own / grid for own, grid in zip(size, images.GRID, strict=True))
+            flow = flow * np.array([scale_x, scale_y], np.float32)
+        if not np.isfinite(flow).all():
+            raise ModelFailed("The model answered values that are not finite.")
+        content = self.form.encode(flow, scale_x, scale_y)
+        if self.encoding:
+            content = ENCODINGS[self.encoding](content)
+        return Answer(content, self.encoding, scale_x, scale_y)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,357 @@
+"""Triton: which endpoints are there, what they serve, and a flow from one of them."""
+
+import asyncio
+import itertools
+import logging
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
+
+from gateway.encoding import Flow
+from gateway.errors import (
+    DeadlineExceeded,
+    GatewayError,
+    InferenceUnavailable,
+    ModelFailed,
+    QueueFull,
+    UnknownModel,
+)
+from gateway.images import Pixels
+
+log = logging.getLogger("gateway.inference")
+
+INPUTS = {"image1": ("UINT8", [-1, -1, -1, 3]), "image2": ("UINT8", [-1, -1, -1, 3])}
+OUTPUTS = {"flow": ("FP32", [-1, -1, -1, 2])}
+
+POLL_SECONDS = 0.5
+RESOLVE_SECONDS = 5.0
+PATIENCE_SECONDS = 3.0
+"""A Triton that computes on all cores may answer late; one that is gone refuses at once."""
+
+_MESSAGE_LIMIT = 2**31 - 1
+_CHANNEL = [
+    ("grpc.max_send_message_length", _MESSAGE_LIMIT),
+    ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Back within two seconds of a restart: gRPC's own backoff grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class EndpointLost(Exception):
+    """The endpoint went away, or no longer serves the model; another one may."""
+
+
+class ContractBroken(Exception):
+    """A model has other inputs or outputs than the contract's."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that an endpoint serves; the last four as its `parameters` in config.pbtxt say."""
+
+    name: str
+    version: str
+    network: str | None
+    parameters: int | None
+    weights_source: str | None
+    weights_license: str | None
+
+
+def classify(error: InferenceServerException) -> GatewayError | EndpointLost:
+    """What a failed inference means.
+
+    Triton says UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
+    says it when there is no connection; only the message tells them apart.
+    """
+    status, message = str(error.status() or ""), str(error.message() or "")
+    code = status.removeprefix("StatusCode.")
+    if code == "DEADLINE_EXCEEDED" or (
+        code == "UNAVAILABLE" and "Request timeout expired" in message
+    ):
+        return DeadlineExceeded("The flow was not ready before the request's deadline.")
+    if code == "UNAVAILABLE" and "Exceeds maximum queue size" in message:
+        return QueueFull("The model's queue is full. Try again later.")
+    connection_lost = code == "UNKNOWN" and "Stream removed" in message
+    model_gone = code == "NOT_FOUND" or "Stub process" in message
+    if code in ("UNAVAILABLE", "CANCELLED") or connection_lost or model_gone:
+        return EndpointLost(message)
+    return ModelFailed(f"The model failed: {message[:200]}")
+
+
+def check_contract(metadata: Any) -> None:
+    """Compare a model's metadata with the contract.
+
+    Raises:
+        ContractBroken: naming the tensor, what it is and what it should be.
+    """
+    for kind, actual, expected in (
+        ("input", metadata.inputs, INPUTS),
+        ("output", metadata.outputs, OUTPUTS),
+    ):
+        found = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in actual}
+        for name in expected.keys() | found.keys():
+            if found.get(name) != expected.get(name):
+                raise ContractBroken(
+                    f"{kind} {name} is {_shown(found.get(name))} "
+                    f"and should be {_shown(expected.get(name))}"
+                )
+
+
+def _shown(tensor: tuple[str, list[int]] | None) -> str:
+    return f"{tensor[0]} {tensor[1]}" if tensor else "absent"
+
+
+def check_flow(flow: Any, height: int, width: int) -> Flow:
+    """Make sure that a model's answer is a flow of this size.
+
+    Raises:
+        ModelFailed: another shape or type.
+    """
+    expected = (1, height, width, 2)
+    if flow is None or flow.shape != expected or flow.dtype != np.float32:
+        actual = "nothing" if flow is None else f"{flow.dtype} {flow.shape}"
+        raise ModelFailed(f"The model answered {actual} instead of float32 {expected}.")
+    checked: Flow = flow[0]
+    return checked
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """One Triton: its connection, and what it served when last asked."""
+
+    address: str
+    version: str = ""
+    models: dict[str, Model] = field(default_factory=dict)
+    trouble: str = "not asked yet"
+
+    def __post_init__(self) -> None:
+        self.client = triton.InferenceServerClient(self.address, channel_args=_CHANNEL)
+
+    async def watch(self) -> None:
+        """Keep `models` and `trouble` up to date, for ever."""
+        while True:
+            before = bool(self.models), self.trouble
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await self._refresh()
+            except (InferenceServerException, TimeoutError) as error:
+                self.lose(str(error) or f"no answer within {PATIENCE_SECONDS} s")
+            if (bool(self.models), self.trouble) != before:
+                level = logging.WARNING if self.trouble else logging.INFO
+                state = {"endpoint": self.address, "models": sorted(self.models)}
+                log.log(level, self.trouble or "endpoint is serving", extra=state)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _refresh(self) -> None:
+        index = await self.client.get_model_repository_index()
+        ready = {(one.name, one.version) for one in index.models if one.state == "READY"}
+        known = {(model.name, model.version): model for model in self.models.values()}
+        if not known:  # a new connection: what is there now may be another server
+            self.version = (await self.client.get_server_metadata()).version
+        models, trouble = {}, []
+        for name, version in sorted(ready):
+            try:
+                models[name] = known.get((name, version)) or await self._describe(name, version)
+            except ContractBroken as error:
+                trouble.append(f"{name}: {error}")
+        self.models = models
+        self.trouble = "; ".join(trouble) or ("" if models else "no model is ready")
+
+    async def _describe(self, name: str, version: str) -> Model:
+        check_contract(await self.client.get_model_metadata(name, version))
+        config = (await self.client.get_model_config(name, version)).config
+        facts = {key: value.string_value for key, value in config.parameters.items()}
+        count = facts.get("parameters", "")
+        return Model(
+            name,
+            version,
+            facts.get("network"),
+            int(count) if count.isdecimal() else None,
+            facts.get("weights_source"),
+            facts.get("weights_license"),
+        )
+
+    def lose(self, trouble: str) -> None:
+        """Use the endpoint no more, until it answers the next question."""
+        self.models = {}
+        self.trouble = trouble
+
+    async def infer(
+        self,
+        model: str,
+        image1: Pixels,
+        image2: Pixels,
+        *,
+        timeout: float,
+        request_id: str,
+        headers: dict[str, str],
+    ) -> Flow:
+        """One inference here.
+
+        Raises:
+            EndpointLost: another endpoint may answer.
+            DeadlineExceeded, QueueFull, ModelFailed: no other endpoint would do better.
+        """
+        height, width, _ = image1.shape
+        inputs = []
+        for name, image in (("image1", image1), ("image2", image2)):
+            tensor = triton.InferInput(name, [1, height, width, 3], "UINT8")
+            tensor.set_data_from_numpy(image[None])
+            inputs.append(tensor)
+        try:
+            result = await self.client.infer(
+                model,
+                inputs,
+                request_id=request_id,
+                timeout=max(1, int(timeout * 1e6)),  # bounds the time in Triton's queue
+                client_timeout=timeout,
+                headers=headers,
+            )
+        except InferenceServerException as error:
+            raise classify(error) from error
+        return check_flow(result.as_numpy("flow"), height, width)
+
+
+class Cluster:
+    """All endpoints, asked in turns."""
+
+    def __init__(self, hosts: list[str]) -> None:
+        """Take `host:port` strings; names stand for all of their addresses, now and later."""
+        self._hosts = [self._split(host) for host in hosts]
+        self._watches: dict[Endpoint, asyncio.Task[None]] = {}
+        self._turn = itertools.count()
+        self._resolver: asyncio.Task[None] | None = None
+
+    @staticmethod
+    def _split(host: str) -> tuple[str, int]:
+        name, separator, port = host.rpartition(":")
+        if not (separator and name and port.isdecimal()):
+            raise ValueError(f"TRITON_ENDPOINTS: {host!r} is not host:port")
+        return name.strip("[]"), int(port)
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The endpoints there are, serving or not."""
+        return list(self._watches)
+
+    async def start(self) -> None:
+        """Resolve names and begin to watch."""
+        await self._resolve()
+        self._resolver = asyncio.create_task(self._keep_resolving())
+
+    async def close(self) -> None:
+        """Stop watching and close the connections."""
+        if self._resolver:
+            self._resolver.cancel()
+        for endpoint, watch in self._watches.items():
+            watch.cancel()
+            await endpoint.client.close()
+        self._watches.clear()
+
+    async def _keep_resolving(self) -> None:
+        while True:
+            await asyncio.sleep(RESOLVE_SECONDS if self._watches else POLL_SECONDS)
+            await self._resolve()
+
+    async def _resolve(self) -> None:
+        found: dict[str, None] = {}
+        for host, port in self._hosts:
+            try:
+                answers = await asyncio.get_running_loop().getaddrinfo(
+                    host, port, type=socket.SOCK_STREAM
+                )
+            except OSError as error:
+                log.warning("%s does not resolve: %s", host, error)
+                return  # keep what was found before
+            for *_, (ip, *_) in answers:
+                found[f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}"] = None
+        known = {endpoint.address: endpoint for endpoint in self.endpoints}
+        for address in found.keys() - known.keys():
+            endpoint = Endpoint(address)
+            self._watches[endpoint] = asyncio.create_task(endpoint.watch())
+        for address in known.keys() - found.keys():
+            # Requests in flight still hold it; its connection closes with the last of them.
+            self._watches.pop(known[address]).cancel()
+
+    def models(self) -> dict[str, Model]:
+        """Every model that some endpoint serves."""
+        return {
+            name: model for endpoint in self.endpoints for name, model in endpoint.models.items()
+        }
+
+    def require(self, model: str, default: str) -> Model:
+        """The model, if it is served at the moment.
+
+        Raises:
+            UnknownModel: others are served, and it is not the default.
+            InferenceUnavailable: nothing is served, or the default is not.
+        """
+        models = self.models()
+        if model in models:
+            return models[model]
+        if models and model != default:
+            raise UnknownModel(
+                f"There is no model {model[:40]!r}; there are {', '.join(sorted(models))}.",
+                field="model",
+            )
+        raise InferenceUnavailable("No Triton serves the model at the moment. Try again later.")
+
+    async def infer(
+        self,
+        model: str,
+        image1: Pixels,
+        image2: Pixels,
+        *,
+        deadline: float,
+        request_id: str,
+        headers: dict[str, str],
+    ) -> Flow:
+        """The flow from image1 to image2, both uint8 [height, width, 3].
+
+        An endpoint that is lost meanwhile costs one more attempt, at another one.
+
+        Args:
+            model: name of the model.
+            deadline: time of the event loop's clock at which nobody waits for the answer any more.
+            request_id: passed to Triton.
+            headers: gRPC metadata, for tracing.
+
+        Raises:
+            InferenceUnavailable: no endpoint, or two were lost.
+            DeadlineExceeded, QueueFull, ModelFailed: as Triton said.
+        """
+        lost: list[Endpoint] = []
+        for _ in range(2):
+            endpoint = self._pick(model, lost)
+            if endpoint is None:
+                break
+            timeout = deadline - asyncio.get_running_loop().time()
+            if timeout <= 0:
+                raise DeadlineExceeded("The flow was not ready before the request's deadline.")
+            try:
+                return await endpoint.infer(
+                    model, image1, image2, timeout=timeout, request_id=request_id, headers=headers
+                )
+            except EndpointLost as error:
+                endpoint.lose(str(error))
+                lost.append(endpoint)
+                log.warning(
+                    "endpoint lost during a request: %s",
+                    error,
+                    extra={"endpoint": endpoint.address, "request_id": request_id},
+                )
+        raise InferenceUnavailable("No Triton serves the model at the moment. Try again later.")
+
+    def _pick(self, model: str, lost: list[Endpoint]) -> Endpoint | None:
+        able = [one for one in self.endpoints if model in one.models and one not in lost]
+        return able[next(self._turn) % len(able)] if able else None

@@ -1,0 +1,143 @@
+"""Every setting of the gateway, read from environment variables."""
+
+import os
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, FilePath, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 2**20
+
+
+def _split(value: Any) -> Any:
+    """Turn "a, b" into ["a", "b"]."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+Words = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+
+
+class Settings(BaseSettings):
+    """The gateway's settings; each one is the environment variable of its name, in capitals.
+
+    Names begin with `GATEWAY_`, except for those that the launcher and every platform share.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, populate_by_name=True
+    )
+
+    host: str = Field(default="127.0.0.1", validation_alias="HOST", description="address to bind")
+    port: int = Field(
+        default=5003, ge=0, le=65535, validation_alias="PORT", description="port to listen on"
+    )
+    triton_endpoints: Words = Field(
+        default=["127.0.0.1:8001"],
+        min_length=1,
+        validation_alias="TRITON_ENDPOINTS",
+        description="Triton's gRPC endpoints, `host:port`, separated by commas; "
+        "a DNS name stands for all of its addresses",
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="OpenTelemetry collector (OTLP over HTTP) that gets the traces; "
+        "needs the `otel` extra; none: no traces",
+    )
+    default_model: str = Field(default="flownet2", description="model without `?model=`")
+    image_formats: Words = Field(
+        default=["PNG", "JPEG", "WEBP"],
+        min_length=1,
+        description="accepted image formats, by Pillow's names, separated by commas",
+    )
+    max_body_bytes: int = Field(default=64 * MIB, gt=0, description="longest request body")
+    max_image_pixels: int = Field(
+        default=64_000_000,
+        gt=0,
+        description="most pixels of an image, seen before decoding",
+    )
+    max_native_pixels: int = Field(
+        default=4 * MIB, gt=0, description="most pixels of an image with `?size=native`"
+    )
+    max_in_flight: int = Field(
+        default=16,
+        gt=0,
+        description="requests decoded, inferred and encoded at one time; "
+        "a large image counts as several (one for each 16 MiB it takes)",
+    )
+    max_waiting: int = Field(
+        default=64, ge=0, description="requests beyond those that may wait; the next one gets a 503"
+    )
+    max_buffered_bytes: int = Field(
+        default=128 * MIB, gt=0, description="request bodies held in memory, all requests together"
+    )
+    threads: int = Field(
+        default=min(8, len(os.sched_getaffinity(0))),
+        gt=0,
+        json_schema_extra={"shown_default": "cores, at most 8"},
+        description="threads that decode and encode",
+    )
+    default_timeout_s: float = Field(
+        default=30.0, gt=0, description="deadline of a request without `X-Request-Timeout`, seconds"
+    )
+    max_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="longest deadline that a client can ask for, seconds",
+    )
+    retry_after_s: int = Field(default=1, gt=0, description="`Retry-After` of a 503, whole seconds")
+    shutdown_delay_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="seconds from SIGTERM, with `/readyz` failing, until no connection is accepted",
+    )
+    shutdown_grace_s: int = Field(
+        default=25, gt=0, description="seconds that requests in flight then have to finish"
+    )
+    api_keys_file: FilePath | None = Field(
+        default=None,
+        description="file with one API key a line; none: no key is asked for",
+    )
+    cors_origins: Words = Field(
+        default=[],
+        description="origins allowed to browsers, separated by commas (`*`: all)",
+    )
+    log_level: Annotated[str, BeforeValidator(lambda value: str(value).upper())] = Field(
+        default="INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        description="DEBUG, INFO, WARNING or ERROR",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.max_buffered_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"GATEWAY_MAX_BUFFERED_BYTES ({self.max_buffered_bytes}) must be at least "
+                f"GATEWAY_MAX_BODY_BYTES ({self.max_body_bytes}), or no such body is ever accepted"
+            )
+        if self.max_timeout_s < self.default_timeout_s:
+            raise ValueError(
+                f"GATEWAY_MAX_TIMEOUT_S ({self.max_timeout_s}) must be at least "
+                f"GATEWAY_DEFAULT_TIMEOUT_S ({self.default_timeout_s})"
+            )
+        return self
+
+
+def table() -> str:
+    """The settings as a Markdown table: variable, default, meaning (the README holds a copy)."""
+    rows = ["| Variable | Default | Meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        variable = field.validation_alias or f"GATEWAY_{name}".upper()
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        default = extra.get("shown_default", field.default)
+        shown = ",".join(default) if isinstance(default, list) else default
+        rows.append(
+            f"| `{variable}` | {'' if shown in (None, '') else shown} | {field.description} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,57 @@
+"""OpenTelemetry traces, where a collector is configured (the `otel` extra).
+
+One span for a request and one for its inference, whose `traceparent` goes to Triton. Without a
+collector a client's own `traceparent` goes to Triton as it came.
+"""
+
+from dataclasses import dataclass
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.propagate import extract, inject
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind, Tracer
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway import __version__
+from gateway.context import context_of
+
+
+def start(endpoint: str) -> TracerProvider:
+    """A provider that sends spans to an OTLP collector (base URL, without /v1/traces)."""
+    resource = Resource.create({"service.name": "flownet2-gateway", "service.version": __version__})
+    provider = TracerProvider(resource=resource)
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+@dataclass
+class TracingMiddleware:
+    """Wraps a request in a span, child of the client's, and leaves its context for Triton."""
+
+    app: ASGIApp
+    tracer: Tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        context = context_of(scope)
+        with self.tracer.start_as_current_span(
+            f"{scope['method']} {getattr(scope.get('route'), 'path', scope['path'])}",
+            extract(dict(Headers(scope=scope))),
+            SpanKind.SERVER,
+            {"http.request.method": scope["method"], "url.path": scope["path"]},
+        ) as span:
+            inject(context.trace_headers)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                span.set_attribute("flownet2.outcome", context.outcome)
+                span.set_attribute("flownet2.request_id", context.request_id)
+                for stage, seconds in context.stages.items():
+                    span.set_attribute(f"flownet2.stage.{stage}_ms", round(seconds * 1e3, 2))
