@@ -1,0 +1,181 @@
+"""The networks as they are trained: FlowNetC with a factored first layer, and initial weights.
+
+FlowNetC reads its 441 correlation channels through a 3x3 convolution, three tenths of all the
+arithmetic, whose weights for far displacements hardly ever see a match. In training the 441
+channels are first projected onto a smaller basis of smooth bumps over the plane of displacements,
+itself learned; both are linear, so that the product is the plain convolution of the original.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.networks import Conv, FlowNet2, FlowNetC
+from training.cost import RADIUS, cost_volume
+
+
+def displacement_basis() -> Tensor:
+    """[K, 441] smooth functions of the displacement: single steps near zero, wider bumps farther
+    out, and the moments 1, u and v."""
+    axis = torch.arange(-RADIUS, RADIUS + 1).float()
+    v, u = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    rows = []
+    # (centres along each axis, width of the bump, radius left to the finer set)
+    for centres, width, inner in (
+        (range(-2, 3), 0.0, -1),
+        (range(-6, 7, 2), 1.0, -1),
+        (range(-10, 11, 5), 2.2, 5),
+    ):
+        for y in centres:
+            for x in centres:
+                if max(abs(x), abs(y)) <= inner:
+                    continue
+                square = (u - x) ** 2 + (v - y) ** 2
+                bump = torch.exp(-square / (2 * width**2)) if width else (square == 0).float()
+                rows.append(bump / bump.norm())
+    rows += [torch.full_like(u, 1 / 21), u / u.norm(), v / v.norm()]
+    return torch.stack(rows)
+
+
+class TrainingC(nn.Module):
+    """FlowNetC for training, around the block whose parameters it trains.
+
+    `block.tail["conv3_1"]` is not used before :meth:`fold` writes the product of `basis` and
+    `factor` into it.
+    """
+
+    def __init__(self, block: FlowNetC) -> None:
+        super().__init__()
+        self.block = block
+        self.basis = nn.Parameter(displacement_basis())
+        plain = block.tail["conv3_1"]
+        assert isinstance(plain, Conv)
+        plain.requires_grad_(False)
+        self.redirected = plain.in_channels - 441
+        self.factor = Conv(self.redirected + len(self.basis), plain.out_channels)
+        self.temperature = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Stem features of the first images of [2, N, 3, H, W], and the cost volume."""
+        count = images.shape[1]
+        both = self.block.stem(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        first = {name: feature[:count] for name, feature in both.items()}
+        return first, cost_volume(first["conv3"], both["conv3"][count:])
+
+    def logits(self, cost: Tensor) -> Tensor:
+        """The cost volume as logits of the matching loss."""
+        return cost.float() * self.temperature.exp()
+
+    def decode(self, features: dict[str, Tensor], cost: Tensor) -> list[Tensor]:
+        """Predictions of levels 6 to 2 from what :meth:`features` gives."""
+        projected = F.conv2d(F.leaky_relu(cost, 0.1), self.basis[:, :, None, None])
+        x = self.factor(torch.cat((self.block.conv_redir(features["conv3"]), projected), 1))
+        features = features | {"conv3_1": x}
+        for name, layer in self.block.tail.items():
+            if name != "conv3_1":
+                x = features[name] = layer(x)
+        flows: list[Tensor] = self.block.decoder(features)
+        return flows
+
+    def fold_temperature(self, peak: float = 3.0) -> None:
+        """Scale the features so that correlations are logits / `peak`: of order one, not 1/20."""
+        with torch.no_grad():
+            scale = self.temperature.exp() / peak
+            conv3 = self.block.stem["conv3"]
+            assert isinstance(conv3, Conv) and conv3.bias is not None
+            conv3.weight *= scale.sqrt()
+            conv3.bias *= scale.sqrt()
+            self.temperature.fill_(math.log(peak))
+
+    def fold(self) -> None:
+        """Write the plain conv3_1 of the block from basis and factor."""
+        with torch.no_grad():
+            plain = self.block.tail["conv3_1"]
+            assert isinstance(plain, Conv) and plain.bias is not None
+            weight, bias = self.factor.weight, self.factor.bias
+            assert bias is not None
+            product = torch.einsum(
+                "okyx,kd->odyx", weight[:, self.redirected :].double(), self.basis.double()
+            )
+            plain.weight[:, : self.redirected] = weight[:, : self.redirected]
+            plain.weight[:, self.redirected :] = product.to(plain.weight)
+            plain.bias.copy_(bias)
+
+
+def initialise(block: nn.Module, seed: int) -> None:
+    """Weights to start from: orthogonal convolutions; flow that is handed up the levels unchanged.
+
+    Every `upflow` is a bilinear upsampling and every prediction but the coarsest starts as the
+    upsampled flow of the level below, so that each level learns a correction.
+    """
+    torch.manual_seed(seed)
+    bilinear = torch.tensor([0.25, 0.75, 0.75, 0.25])
+    for name, layer in block.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            continue
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
+        if "upflow" in name:
+            nn.init.zeros_(layer.weight)
+            with torch.no_grad():
+                layer.weight[[0, 1], [0, 1]] = bilinear[:, None] * bilinear
+        elif "predict" in name:
+            nn.init.normal_(layer.weight, std=0.1 / math.sqrt(layer.in_channels * 9))
+            if not name.endswith("predict6"):  # the last two inputs are the upsampled flow
+                with torch.no_grad():
+                    layer.weight[:, -2:] = 0
+                    layer.weight[[0, 1], [-2, -1], 1, 1] = 1
+        else:
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+
+
+def standardise(
+    model: nn.Module, forward: Callable[[], Any], keep: nn.Module | None = None
+) -> None:
+    """Scale each convolution and its bias so that its output on one batch has mean 0 and deviation
+    1 in every channel (Salimans and Kingma, 2016), in the order in which `forward()` runs them.
+
+    Layers that predict or upsample flow, and those inside `keep`, stay as they are.
+    """
+
+    def rescale(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.bias is not None
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        if transposed:
+            output = F.conv_transpose2d(inputs[0], layer.weight, stride=2, padding=1)
+        else:
+            output = F.conv2d(
+                inputs[0], layer.weight, stride=layer.stride, padding=layer.padding  # type: ignore[arg-type]
+            )
+        deviation, mean = torch.std_mean(output.float(), dim=(0, 2, 3))
+        deviation = deviation.clamp(min=1e-4)
+        shape = (1, -1, 1, 1) if transposed else (-1, 1, 1, 1)
+        layer.weight.div_(deviation.view(shape))
+        layer.bias.copy_(-mean / deviation)
+
+    kept = set() if keep is None else set(keep.modules())
+    hooks = [
+        layer.register_forward_pre_hook(rescale)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        and "predict" not in name
+        and "upflow" not in name
+        and layer not in kept
+    ]
+    with torch.no_grad():
+        forward()
+    for hook in hooks:
+        hook.remove()
+
+
+def channel_means(model: FlowNet2, mean: float = 0.45) -> None:
+    """Set the means that the network subtracts; colours are permuted in training, so all are one."""
+    model.mean1.fill_(mean)
+    model.mean2.fill_(mean)

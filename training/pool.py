@@ -1,0 +1,122 @@
+"""Rendered scenes kept for reuse, and the augmentation that makes every use of one different."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.generator import Textures, render
+
+RENDER_BATCH = 8
+MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` float32 [2, B, 3, h, w], BGR in 0..1; `flow` float32 [B, 2, h, w] in pixels;
+    `occluded` bool [B, h, w]."""
+
+    images: Tensor
+    flow: Tensor
+    occluded: Tensor
+
+
+def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
+    """uint8 RGB frames [2, B, 3, h, w] to float32 BGR in 0..1 with changed colours.
+
+    Colours are permuted, and contrast, brightness, colour balance and gamma drawn, once for the
+    pair and, weaker, again for each frame; then noise is added.
+    """
+    device = frames.device
+    pairs = frames.shape[1]
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, 1, 1, 1, generator=random)
+
+    images = frames.float() / 255
+    order = torch.stack([torch.randperm(3, generator=random) for _ in range(pairs)])
+    order = order.to(device).view(1, pairs, 3, 1, 1).expand_as(images)
+    images = images.gather(2, order)
+    balance = 0.9 + 0.2 * torch.rand(1, pairs, 3, 1, 1, generator=random)
+    gain = balance * draw(0.6, 1.4, 1, pairs) * draw(0.9, 1.1, 2, pairs)
+    offset = draw(-0.15, 0.15, 1, pairs) + draw(-0.04, 0.04, 2, pairs)
+    gamma = draw(0.75, 1.35, 1, pairs) * draw(0.93, 1.07, 2, pairs)
+    images = images.clamp(min=1e-3).pow(gamma.to(device))
+    # Contrast turns about middle grey.
+    images = images * gain.to(device) + (0.5 - 0.5 * gain + offset).to(device)
+    sigma = draw(0.0, 0.03, 1, pairs).to(device)
+    seed = int(torch.randint(1 << 30, (1,), generator=random))
+    noise_random = torch.Generator(device).manual_seed(seed)
+    noise = torch.randn(images.shape, generator=noise_random, device=device)
+    return images.addcmul_(noise, sigma).clamp_(0, 1)
+
+
+class ScenePool:
+    """A ring of rendered scenes. Each is cropped, flipped and recoloured afresh whenever drawn.
+
+    The scenes are the seeds `seed`, `seed + 1`, …, rendered in that order, RENDER_BATCH at a time,
+    so that a pool is restored by the number of batches rendered.
+    """
+
+    def __init__(
+        self,
+        textures: Textures,
+        capacity: int,
+        crop: tuple[int, int],
+        displacement: float,
+        seed: int,
+        rendered: int = 0,
+    ) -> None:
+        self.textures, self.crop, self.displacement, self.seed = textures, crop, displacement, seed
+        self.size = (crop[0] + MARGIN, crop[1] + MARGIN)
+        self.slots = capacity // RENDER_BATCH
+        height, width = self.size
+        scenes = self.slots * RENDER_BATCH
+        device = textures.photos.device
+        self.frames = torch.zeros(
+            2, scenes, 3, height, width, dtype=torch.uint8, device=device
+        )
+        self.flow = torch.zeros(scenes, 2, height, width, device=device)
+        self.occluded = torch.zeros(scenes, height, width, dtype=torch.bool, device=device)
+        self.rendered = max(0, rendered - self.slots)
+        self.owed = 0.0
+        while self.rendered < max(rendered, self.slots):
+            self.render_next()
+
+    def render_next(self) -> None:
+        """Replace the oldest scenes by new ones."""
+        scenes = render(
+            self.seed + self.rendered, RENDER_BATCH, *self.size, self.textures, self.displacement
+        )
+        start = self.rendered % self.slots * RENDER_BATCH
+        place = slice(start, start + RENDER_BATCH)
+        self.frames[:, place] = scenes.frames
+        self.flow[place] = scenes.flow
+        self.occluded[place] = scenes.occluded
+        self.rendered += 1
+
+    def draw(self, count: int, reuse: float, random: torch.Generator) -> Batch:
+        """`count` crops, after rendering as many new scenes as uses of each `reuse` times ask."""
+        self.owed += count / reuse
+        while self.owed >= RENDER_BATCH:
+            self.render_next()
+            self.owed -= RENDER_BATCH
+        frames, flows, occluded = [], [], []
+        chosen = torch.randint(len(self.flow), (count,), generator=random).tolist()
+        for scene in chosen:
+            top, left = torch.randint(MARGIN + 1, (2,), generator=random).tolist()
+            flip_x, flip_y = (torch.rand(2, generator=random) < 0.5).tolist()
+            rows, columns = slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
+            frame = self.frames[:, scene, :, rows, columns]
+            flow = self.flow[scene, :, rows, columns]
+            hidden = self.occluded[scene, rows, columns]
+            axes = [axis for axis, flip in ((-1, flip_x), (-2, flip_y)) if flip]
+            sign = torch.tensor([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0])
+            frames.append(frame.flip(axes))
+            flows.append(flow.flip(axes) * sign.to(flow.device).view(2, 1, 1))
+            occluded.append(hidden.flip(axes))
+        return Batch(
+            photometric(torch.stack(frames, 1), random), torch.stack(flows), torch.stack(occluded)
+        )
