@@ -1,0 +1,241 @@
+"""Triton Python-backend model: runs the ``model.onnx`` beside it on the CPU.
+
+The exporter copies this file to ``<model>/1/model.py``, so it stands alone.
+
+Engine, chosen in :class:`Engine` and nowhere else: OpenVINO, which ran the networks faster than
+ONNX Runtime did on every CPU that was measured (``make bench`` repeats it). Where the CPU
+multiplies bfloat16 in hardware, the wide convolutions run in bfloat16, which halves the time. All
+that carries flow stays float32, see :func:`narrow`. Elsewhere everything is float32.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# NVIDIA's container honours PYTHONPATH, the stub of the PyPI wheel runs isolated and does not.
+sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+
+import numpy as np  # noqa: E402
+import numpy.typing as npt  # noqa: E402
+import onnx  # noqa: E402
+import onnx.inliner  # noqa: E402
+import openvino  # noqa: E402
+from openvino import opset13 as ops  # noqa: E402
+from openvino.passes import ConstantFolding, Manager  # noqa: E402
+
+with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
+    import triton_python_backend_utils as pb_utils
+
+Images = npt.NDArray[np.uint8]
+Flow = npt.NDArray[np.float32]
+
+MINIMUM_SIZE = 16
+USUAL_SHAPE = (1, 512, 512, 3)  # what the gateway's default path asks for
+FLOW_CHANNELS = 2
+BF16 = openvino.Type.bf16
+
+
+class Engine:
+    """A network, ready to run.
+
+    Attributes:
+        precision: "bf16" or "f32", that of the wide convolutions.
+    """
+
+    def __init__(self, path: Path, precision: str | None = None) -> None:
+        """Read and compile an exported network.
+
+        Args:
+            path: the exporter's ``model.onnx``.
+            precision: "bf16" or "f32" instead of what suits this CPU.
+        """
+        self.precision = precision or ("bf16" if has_bfloat16() else "f32")
+        core = openvino.Core()
+        # OpenVINO knows neither our op nor model-local functions: put the function's body in place.
+        inlined = onnx.inliner.inline_local_functions(onnx.load(path))
+        model = core.read_model(inlined.SerializeToString())
+        del inlined
+        if self.precision == "bf16":
+            narrow(model)
+        self._any_shape = _compile(core, model)
+        # A graph for one shape is planned ahead, which saves about a tenth on the usual one.
+        model.reshape(list(USUAL_SHAPE))
+        self._usual_shape = _compile(core, model)
+
+    def __call__(self, image1: Images, image2: Images) -> Flow:
+        """Flow from ``image1`` to ``image2``.
+
+        Args:
+            image1, image2: ``[N, H, W, 3]``, RGB.
+
+        Returns:
+            ``[N, H, W, 2]`` in pixels, valid until the next call.
+        """
+        request = self._usual_shape if image1.shape == USUAL_SHAPE else self._any_shape
+        flow: Flow = request.infer([image1, image2], share_inputs=True, share_outputs=True)[0]
+        return flow
+
+
+def has_bfloat16() -> bool:
+    """True where the CPU has bfloat16 arithmetic (OpenVINO would emulate it elsewhere)."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))  # ValueError: "max", no quota
+    return max(cores, 1)
+
+
+def _compile(core: openvino.Core, model: openvino.Model) -> openvino.InferRequest:
+    return core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": "f32",  # as the graph says; narrow() has said bf16 in it
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(available_cores()),
+            "ENABLE_HYPER_THREADING": "NO",  # two threads share one core's multipliers
+            "ENABLE_CPU_PINNING": "NO",  # other processes share the machine
+        },
+    ).create_infer_request()
+
+
+def narrow(model: openvino.Model) -> None:
+    """Let the wide convolutions of a model run in bfloat16, in place.
+
+    OpenVINO's own bfloat16 mode converts everything: flow of hundreds of pixels, the coordinates
+    that the warp computes from it, then have 8 bits. Here a convolution with its bias and its
+    LeakyReLU becomes bfloat16, sums inside it being float32 as ever, unless it predicts or
+    upsamples a flow (two channels out). Concatenation, flow, correlation and warp stay as they are.
+    """
+    folding = Manager()
+    folding.register_pass(ConstantFolding())  # leaves plain constants for biases and weights
+    folding.run_passes(model)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in {"Convolution", "ConvolutionBackpropData"}:
+            continue
+        if node.get_output_partial_shape(0)[1] == FLOW_CHANNELS:
+            continue
+        original = node.get_output_element_type(0)
+        layer = _layer(node)
+        readers = layer[-1].output(0).get_target_inputs()
+        for part in layer:
+            for argument in part.inputs():
+                argument.replace_source_output(_as_bfloat16(argument.get_source_output()))
+            part.validate_and_infer_types()
+        widened = ops.convert(layer[-1], original.to_string())
+        for reader in readers:
+            reader.replace_source_output(widened.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _layer(convolution: openvino.Node) -> list[openvino.Node]:
+    """A convolution with the bias and LeakyReLU that only they read."""
+    layer = [convolution]
+    while True:
+        readers = list(layer[-1].output(0).get_target_inputs())
+        if len(readers) != 1 or readers[0].get_node().get_type_name() not in {"Add", "PRelu"}:
+            return layer
+        layer.append(readers[0].get_node())
+
+
+def _as_bfloat16(value: "openvino.Output[Any]") -> "openvino.Output[Any]":
+    """The same value in bfloat16, through as few conversions as there can be."""
+    if value.get_element_type() == BF16:
+        return value
+    node = value.get_node()
+    if node.get_type_name() == "Convert" and node.input_value(0).get_element_type() == BF16:
+        return node.input_value(0)
+    for reader in value.get_target_inputs():
+        other = reader.get_node()
+        if other.get_type_name() == "Convert" and other.get_output_element_type(0) == BF16:
+            return other.output(0)
+    return ops.convert(value, "bf16").output(0)
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls."""
+
+    def initialize(self, arguments: dict[str, str]) -> None:
+        """Load the network."""
+        folder = Path(arguments["model_repository"]) / arguments["model_version"]
+        self.engine = Engine(folder / "model.onnx")
+        parameters = json.loads(arguments["model_config"])["parameters"]
+        pb_utils.Logger.log_info(
+            f"{arguments['model_name']}: {parameters['network']['string_value']} on OpenVINO "
+            f"{openvino.get_version()}, {self.engine.precision}, {available_cores()} threads"
+        )
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Run a batch that Triton formed as one batch of the engine.
+
+        Triton joins only requests of one shape. A request whose two images differ in size, or are
+        too small, is answered with an error of its own; a cancelled one is not computed.
+        """
+        responses: list[Any] = [None] * len(requests)
+        accepted: list[tuple[int, Images, Images]] = []
+        for index, request in enumerate(requests):
+            image1, image2 = (
+                pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+                for name in ("image1", "image2")
+            )
+            problem = _problem(image1, image2)
+            if request.is_cancelled():
+                responses[index] = _failure(
+                    "cancelled by the client", pb_utils.TritonError.CANCELLED
+                )
+            elif problem:
+                responses[index] = _failure(problem, pb_utils.TritonError.INVALID_ARG)
+            else:
+                accepted.append((index, image1, image2))
+        if accepted:
+            self._run(accepted, responses)
+        return responses
+
+    def _run(self, accepted: list[tuple[int, Images, Images]], responses: list[Any]) -> None:
+        try:
+            flow = self.engine(
+                _joined([image1 for _, image1, _ in accepted]),
+                _joined([image2 for _, _, image2 in accepted]),
+            )
+        except RuntimeError as error:  # OpenVINO's, such as no memory for images of that size
+            for index, _, _ in accepted:
+                responses[index] = _failure(
+                    f"inference failed: {error}", pb_utils.TritonError.INTERNAL
+                )
+            return
+        first = 0
+        for index, image1, _ in accepted:
+            part = flow[first : first + len(image1)]
+            responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("flow", part)])
+            first += len(image1)
+
+
+def _joined(images: list[Images]) -> Images:
+    return images[0] if len(images) == 1 else np.concatenate(images)
+
+
+def _problem(image1: Images, image2: Images) -> str | None:
+    if image1.shape != image2.shape:
+        return f"image1 and image2 differ in size: {_size(image1)} and {_size(image2)}"
+    if min(image1.shape[1:3]) < MINIMUM_SIZE:
+        return f"images of {_size(image1)} are too small: {MINIMUM_SIZE}x{MINIMUM_SIZE} at least"
+    return None
+
+
+def _size(image: Images) -> str:
+    return f"{image.shape[2]}x{image.shape[1]}"
+
+
+def _failure(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
