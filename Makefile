@@ -1,0 +1,56 @@
+# Two commands: `make serve` and `make test`. Everything they need goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+REPOSITORY := model_repository
+WEIGHTS := weights/flownet2.safetensors
+NETWORK ?= FlowNet2-c
+
+.PHONY: serve test lint bench soak up model weights openapi clean help
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+serve: $(VENV)/.serve $(REPOSITORY)/flownet2/1/model.onnx ## run Triton and the gateway on http://127.0.0.1:5003
+	@$(BIN)/python -m launch
+
+test: $(VENV)/.dev lint $(REPOSITORY)/flownet2/1/model.onnx ## lint, types and the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## the benchmarks, as tables
+	$(BIN)/python -m benchmarks
+
+soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minute, a Triton killed in the middle
+	$(BIN)/python -m benchmarks.soak
+
+up: ## the same service from docker-compose.yml: on the GPU where there is one
+	docker compose --profile $(if $(shell command -v nvidia-smi),gpu,cpu) up --build
+
+model: $(REPOSITORY)/flownet2/1/model.onnx ## export the weights that ship
+
+$(REPOSITORY)/flownet2/1/model.onnx: $(WEIGHTS) $(wildcard export/*.py) | $(VENV)/.serve
+	$(BIN)/python -m export --network FlowNet2-c --weights $(WEIGHTS) --repository $(REPOSITORY)
+
+# An environment is made anew when what it installs has changed.
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[serve,export]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+clean: ## remove what was built
+	rm -rf $(VENV) build runs $(REPOSITORY)/*/1

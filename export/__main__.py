@@ -1,0 +1,75 @@
+"""Command line: weights in, Triton model out.
+
+``python -m export --network FlowNet2 --weights FILE --repository DIR`` writes one model;
+``python -m export tensorrt --repository DIR --name NAME`` builds its engine on the GPU at hand.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from export import tensorrt
+from export.networks import NETWORKS
+from export.onnx_export import export_onnx
+from export.repository import write_model
+from export.weights import WeightsError, load_weights
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command that the arguments ask for; returns the exit status."""
+    if arguments[:1] == ["tensorrt"]:
+        parser = argparse.ArgumentParser(prog="python -m export tensorrt")
+        tensorrt.add_arguments(parser)
+        return tensorrt.run(parser.parse_args(arguments[1:]))
+    return _export(_parser().parse_args(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Export a FlowNet2 network with its weights as a Triton model. "
+        "(`python -m export tensorrt --help`: build the TensorRT engine of an exported model.)",
+    )
+    parser.add_argument(
+        "--network",
+        required=True,
+        choices=NETWORKS,
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)}; upper case is full width, lower case 3/8",
+    )
+    parser.add_argument(
+        "--weights",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="Caffe .caffemodel or .caffemodel.h5, NVIDIA .pth.tar, or our .safetensors",
+    )
+    parser.add_argument("--repository", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--name", default="flownet2", help="the model's name (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    if Path(options.name).name != options.name or options.name.startswith("."):
+        print(f"error: --name {options.name!r} is not a folder name", file=sys.stderr)
+        return 2
+    try:
+        model, file = load_weights(NETWORKS[options.network], options.weights)
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    description = {
+        "network": options.network,
+        "parameters": str(sum(p.numel() for p in model.parameters())),
+        "weights_source": file.source,
+        "weights_license": file.license,
+    }
+    proto = export_onnx(model, half=options.precision == "fp16")
+    folder = write_model(options.repository, options.name, proto, description)
+    print(f"{options.network} with {options.weights} -> {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
