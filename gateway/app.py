@@ -13,11 +13,11 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gateway import __version__, errors, images, metrics
+from gateway import __version__, errors, images, metrics, openapi
 from gateway.admission import Admission
 from gateway.context import context_of
 from gateway.errors import GatewayError
-from gateway.flow import SCALE_HEADERS, TIMEOUT_HEADER, FlowService
+from gateway.flow import SCALE_HEADERS, FlowService
 from gateway.inference import Cluster
 from gateway.middleware import (
     ApiKeyMiddleware,
@@ -25,28 +25,11 @@ from gateway.middleware import (
     SecurityHeadersMiddleware,
     read_keys,
 )
-from gateway.negotiation import FORMATS, JSON
 from gateway.settings import Settings
 
 log = logging.getLogger("gateway")
 
 LOAD = (errors.Overloaded, errors.QueueFull, errors.InferenceUnavailable)
-
-# An 8x8 grey PNG; the examples of the OpenAPI document must be images.
-_EXAMPLE = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAC0lEQVR42mOgFwAAAEgAAQFI6PAAAAAASUVORK5CYII="
-)
-
-
-class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
-
-    type: str = Field(description="stable name of the cause")
-    title: str = Field(description="the cause in words")
-    status: int = Field(description="HTTP status")
-    detail: str = Field(description="what is wrong with this request, and what to change")
-    field: str | None = Field(None, description="field, parameter or header that it is about")
-    request_id: str = Field(description="the request's `X-Request-ID`")
 
 
 class Status(BaseModel):
@@ -125,7 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
     _add_error_handlers(app, settings, measured)
     _add_flow(app, settings, service)
     _add_reports(app, settings, cluster, measured)
-    _declare_problem(app)
+    openapi.declare_problem(app)
     return app
 
 
@@ -225,7 +208,7 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
 
     declared: dict[str, Any] = {
         "summary": "Estimate optical flow",
-        "responses": errors.openapi_responses(
+        "responses": openapi.errors(
             errors.BadJson,
             errors.BadMultipart,
             *([errors.Unauthorized] if settings.api_keys_file else []),
@@ -252,94 +235,16 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
             *LOAD,
             errors.DeadlineExceeded,
         )
-        | {200: _flow_response()},
+        | {200: openapi.flow_response()},
         "response_class": Response,
         "openapi_extra": {
-            "requestBody": _flow_request(),
-            "parameters": [_timeout_parameter(settings)],
+            "requestBody": openapi.flow_request(),
+            "parameters": [openapi.timeout_parameter(settings)],
         },
         "dependencies": [Depends(service.admitted)],
     }
     app.post("/estimate_flow/", **declared)(estimate_flow)
     app.post("/estimate_flow", include_in_schema=False, **declared)(estimate_flow)
-
-
-def _flow_request() -> dict[str, Any]:
-    def schema(fields: tuple[str, ...], kind: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "type": "object",
-            "properties": dict.fromkeys(fields, kind),
-            "required": list(fields),
-            "additionalProperties": False,
-        }
-
-    return {
-        "required": True,
-        "description": "Two images of one size. JSON is read under any of the types that clients "
-        "send without saying so (`curl -d`, none at all).",
-        "content": {
-            JSON: {
-                "schema": schema(
-                    ("image1_base64", "image2_base64"),
-                    {
-                        "type": "string",
-                        "format": "byte",
-                        "description": "an image file in base64: plain or URL-safe, also with the "
-                        "prefix of a data URL",
-                    },
-                ),
-                "example": {"image1_base64": _EXAMPLE, "image2_base64": _EXAMPLE},
-            },
-            "multipart/form-data": {
-                "schema": schema(("image1", "image2"), {"type": "string", "format": "binary"})
-            },
-        },
-    }
-
-
-def _flow_response() -> dict[str, Any]:
-    vector = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
-    flow = {"type": "array", "items": {"type": "array", "items": vector}}
-    factor = {"type": "number", "exclusiveMinimum": 0}
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    content: dict[str, Any] = dict.fromkeys(FORMATS, binary) | {
-        JSON: {
-            "schema": {
-                "type": "object",
-                "required": ["flow", "scale_x_back_factor", "scale_y_back_factor"],
-                "properties": {
-                    "flow": flow | {"description": "[height][width][u to the right, v down]"},
-                    "scale_x_back_factor": factor | {"description": "width / 512"},
-                    "scale_y_back_factor": factor | {"description": "height / 512"},
-                },
-            },
-            "example": {
-                "flow": [[[-0.4425, 0.1344], [-0.5788, 0.4257]]],
-                "scale_x_back_factor": 4.0,
-                "scale_y_back_factor": 4.0,
-            },
-        }
-    }
-    formats = "; ".join(f"`{name}`: {form.description}" for name, form in FORMATS.items())
-    return {
-        "description": f"The flow, in the format that `Accept` asks for. {formats}.",
-        "headers": {name: {"schema": factor, "required": True} for name in SCALE_HEADERS},
-        "content": content,
-    }
-
-
-def _timeout_parameter(settings: Settings) -> dict[str, Any]:
-    return {
-        "name": TIMEOUT_HEADER,
-        "in": "header",
-        "required": False,
-        "description": f"seconds that the answer may take; at most {settings.max_timeout_s:g}",
-        "schema": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "default": settings.default_timeout_s,
-        },
-    }
 
 
 def _add_reports(
@@ -351,7 +256,7 @@ def _add_reports(
             for name, model in sorted(cluster.models().items())
         ]
 
-    @app.get("/models", responses=errors.openapi_responses(errors.MethodNotAllowed))
+    @app.get("/models", responses=openapi.errors(errors.MethodNotAllowed))
     async def models() -> Models:
         """The networks that are loaded, with the source and licence of their weights."""
         return Models(models=served())
@@ -363,7 +268,7 @@ def _add_reports(
 
     @app.get(
         "/readyz",
-        responses=errors.openapi_responses(errors.InferenceUnavailable, errors.Stopping),
+        responses=openapi.errors(errors.InferenceUnavailable, errors.Stopping),
     )
     async def readyz() -> Status:
         """Whether requests for flow are answered: some Triton serves the default model."""
@@ -401,24 +306,3 @@ def _add_reports(
     async def prometheus() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(measured.exposition(), media_type=metrics.CONTENT_TYPE)
-
-
-def _declare_problem(app: FastAPI) -> None:
-    """Put the schema of errors, which no route returns as a model, into the OpenAPI document."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas["Problem"] = Problem.model_json_schema()
-        for path in document["paths"].values():
-            for operation in path.values():
-                responses = operation["responses"]
-                validation = responses.get("422", {}).get("content", {})
-                if "HTTPValidationError" in str(validation.get(JSON)):
-                    del validation[JSON]
-        schemas.pop("HTTPValidationError", None)
-        schemas.pop("ValidationError", None)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -183,6 +183,6 @@ def _parse_form(body: bytearray, content_type: str) -> dict[str, bytes]:
         parser.write(body)  # type: ignore[arg-type]
         parser.finalize()
     except FormParserError as error:
-        raise BadMultipart(f"The multipart form cannot be read: {error}.") from None
+        raise BadMultipart(f"The multipart form cannot be read: {str(error)[:120]}.") from None
     _check_names(parts, FORM_FIELDS)
     return {name: parts[name] for name in FORM_FIELDS}

@@ -5,7 +5,6 @@ Answers are problem details (RFC 9457). `type` is stable; `detail` is for people
 
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -214,35 +213,3 @@ def problem(error: GatewayError, request_id: str, retry_after_s: int) -> Respons
     if kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(retry_after_s)
     return Response(orjson.dumps(content), kind.status, headers, MEDIA_TYPE)
-
-
-def openapi_responses(*causes: type[GatewayError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` that declare these causes, with an example of each."""
-    responses: dict[int | str, dict[str, Any]] = {}
-    for cause in causes:
-        kind = KINDS[cause]
-        response = responses.setdefault(
-            kind.status,
-            {
-                "description": kind.title,
-                "content": {
-                    MEDIA_TYPE: {
-                        "schema": {"$ref": "#/components/schemas/Problem"},
-                        "examples": {},
-                    }
-                },
-            },
-        )
-        if kind.title not in response["description"]:
-            response["description"] += f"; {kind.title[0].lower()}{kind.title[1:]}"
-        response["content"][MEDIA_TYPE]["examples"][kind.slug] = {
-            "summary": cause.__doc__,
-            "value": {
-                "type": kind.type,
-                "title": kind.title,
-                "status": kind.status,
-                "detail": cause.__doc__,
-                "request_id": "8a2f0c51d7e94b36",
-            },
-        }
-    return responses

@@ -1,0 +1,33 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import triton
+from gateway_stack import Gateway, run_gateway, wait_until, write_repository
+
+
+@pytest.fixture(scope="session")
+def closed_form_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository whose flow is known in closed form."""
+    return write_repository(tmp_path_factory.mktemp("closed_form"))
+
+
+@pytest.fixture(scope="session")
+def closed_form_triton(closed_form_repository: Path) -> Iterator[triton.Triton]:
+    """A real Triton over that repository."""
+    with triton.serve(closed_form_repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    closed_form_triton: triton.Triton, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway with default settings in front of that Triton."""
+    log = tmp_path_factory.mktemp("gateway") / "log"
+    with run_gateway(closed_form_triton.address.grpc, log) as running:
+        wait_until(lambda: running.get("/readyz") == 200)
+        yield running

@@ -1,0 +1,181 @@
+"""Decoding: right pixels for every mode, a client's error for every broken file, never a crash."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gateway import images
+from gateway.errors import (
+    KINDS,
+    AnimatedImage,
+    DamagedImage,
+    GatewayError,
+    ImageTooLarge,
+    ImageTooSmall,
+    NotAnImage,
+    SizesDiffer,
+    UnsupportedImageFormat,
+)
+from gateway_stack import encoded, picture
+from hostile_images import bad_images, good_images, interlaced
+
+FORMATS = ["PNG", "JPEG", "WEBP"]
+GOOD = dict(good_images())
+BAD = dict(bad_images())
+MAX_PIXELS = 64_000_000
+
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
+
+@pytest.fixture(autouse=True)
+def _pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    images.configure_pillow(MAX_PIXELS)
+
+
+def prepare(file: bytes, native: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The second image of a pair through the whole decoding path."""
+    pair = images.open_pair({"image1": file, "image2": file}, FORMATS, max_pixels)
+    if native:
+        images.check_native(pair["image2"], "image2", 2**22)
+    images.load(pair["image1"], "image1")
+    return images.to_rgb(images.load(pair["image2"], "image2"), native)
+
+
+def as_before(file: bytes) -> np.ndarray:
+    """What the replaced service made of a file."""
+    with Image.open(io.BytesIO(file)) as image:
+        return np.asarray(image.resize((512, 512), Image.Resampling.LANCZOS).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_unusual_files_are_read_as_before(name: str) -> None:
+    file = GOOD[name]
+    pixels = prepare(file)
+    assert (pixels.shape, pixels.dtype) == ((512, 512, 3), np.uint8)
+    if name != "png-16-bit":
+        np.testing.assert_array_equal(pixels, as_before(file))
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    grey = picture(3, mode="L")
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    np.testing.assert_array_equal(prepare(encoded(wide)), as_before(encoded(grey)))
+    ramp = np.arange(0, 2**16, 2**8, dtype=np.uint16).reshape(16, 16)
+    scaled = prepare(encoded(Image.fromarray(ramp)), native=True)
+    np.testing.assert_array_equal(scaled[..., 0], np.rint(ramp / 65535 * 255))
+
+
+def test_interlaced_has_the_pixels_of_the_plain_file() -> None:
+    grey = np.asarray(picture(4, 37, 29, mode="L"))
+    np.testing.assert_array_equal(prepare(interlaced(grey), native=True)[..., 1], grey)
+
+
+def test_native_keeps_the_size_and_ignores_orientation() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert prepare(encoded(picture(1, 64, 48), "JPEG", exif=exif), native=True).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_broken_files_are_the_clients_error(name: str) -> None:
+    with pytest.raises(GatewayError) as caught:
+        prepare(BAD[name])
+    kind = KINDS[type(caught.value)]
+    assert kind.status in (413, 415, 422)
+    assert caught.value.field in ("image1", "image2")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("text", NotAnImage),
+        ("zeros", NotAnImage),
+        ("gif", UnsupportedImageFormat),
+        ("tiff", UnsupportedImageFormat),
+        ("pdf", UnsupportedImageFormat),
+        ("animated-webp", AnimatedImage),
+        ("animated-png", AnimatedImage),
+        ("bomb-by-size", ImageTooLarge),
+        ("webp-canvas-bomb", ImageTooLarge),
+        ("absurd-size", ImageTooLarge),
+        ("ztxt-bomb", DamagedImage),
+        ("itxt-bomb", DamagedImage),
+        ("many-texts", DamagedImage),
+        ("wrong-crc", DamagedImage),
+        ("png-head-jpeg-body", DamagedImage),
+        ("webp-cut-0.5", DamagedImage),
+    ],
+)
+def test_the_cause_is_named(name: str, error: type[GatewayError]) -> None:
+    with pytest.raises(error):
+        prepare(BAD[name])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_pixel_limit_is_exact(form: str) -> None:
+    images.configure_pillow(40 * 30)
+    assert prepare(encoded(picture(1, 40, 30), form), max_pixels=1200).shape == (512, 512, 3)
+    with pytest.raises(ImageTooLarge, match="1200 pixels"):
+        prepare(encoded(picture(1, 41, 30), form), max_pixels=1200)
+
+
+def test_sizes_must_be_one() -> None:
+    files = {"image1": encoded(picture(1, 40, 30)), "image2": encoded(picture(1, 30, 40))}
+    with pytest.raises(SizesDiffer, match=r"image1 has 40x30 .* image2 30x40"):
+        images.open_pair(files, FORMATS, MAX_PIXELS)
+
+
+def test_native_limits() -> None:
+    with pytest.raises(ImageTooSmall):
+        prepare(encoded(picture(1, 15, 40)), native=True)
+    assert prepare(encoded(picture(1, 16, 40)), native=True).shape == (40, 16, 3)
+    with pytest.raises(ImageTooLarge):
+        prepare(encoded(Image.new("L", (2**11, 2**11 + 1))), native=True)
+
+
+def refused_or_read(file: bytes) -> None:
+    try:
+        pixels = prepare(file)
+    except GatewayError as error:
+        assert KINDS[type(error)].status < 500
+    else:
+        assert pixels.shape == (512, 512, 3)
+
+
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    form=st.sampled_from(FORMATS),
+    mode=st.sampled_from(["RGB", "L"]),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    cut=st.floats(0, 1),
+    tail=st.binary(max_size=40),
+)
+def test_mutated_files_never_crash(
+    form: str, mode: str, edits: list[tuple[float, int]], cut: float, tail: bytes
+) -> None:
+    images.configure_pillow(2**20)
+    file = bytearray(encoded(picture(2, 24, 17, mode), form))
+    for place, value in edits:
+        file[int(place * len(file))] = value
+    refused_or_read(bytes(file[: int(cut * len(file)) or 1]) + tail)
+
+
+@settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    head=st.sampled_from(
+        [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x20\0\0\0WEBPVP8 ", b"GIF89a"]
+    ),
+    tail=st.binary(max_size=300),
+)
+def test_any_bytes_never_crash(head: bytes, tail: bytes) -> None:
+    images.configure_pillow(2**20)
+    refused_or_read(head + tail)

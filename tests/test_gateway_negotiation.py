@@ -1,0 +1,58 @@
+"""Accept and Accept-Encoding, as RFC 9110 has them."""
+
+import gzip
+
+import pytest
+import zstandard
+
+from gateway.errors import NotAcceptable
+from gateway.negotiation import ENCODINGS, choose_encoding, choose_format
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("", "application/json"),
+        ("*/*", "application/json"),
+        ("application/*", "application/json"),
+        ("Application/X-NPY", "application/x-npy"),
+        ("image/*", "image/x-kitti-flow"),
+        ("image/png", "image/png"),
+        ("text/html, image/png;q=0.5, */*;q=0.1", "image/png"),
+        ("application/json;q=0.5, application/x-flo", "application/x-flo"),
+        ("*/*, application/json;q=0", "application/x-npy"),
+        ("application/json; charset=utf-8", "application/json"),
+        ("application/x-flo;q=oops, application/json;q=0.1", "application/json"),
+    ],
+)
+def test_format(accept: str, chosen: str) -> None:
+    assert choose_format(accept).media_type == chosen
+
+
+@pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "*/*;q=0", ";;,,", "q=1"])
+def test_no_format(accept: str) -> None:
+    with pytest.raises(NotAcceptable, match="application/json"):
+        choose_format(accept)
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("", None),
+        ("identity", None),
+        ("br", None),
+        ("gzip, deflate, br, zstd", "zstd"),
+        ("gzip, deflate", "gzip"),
+        ("gzip;q=1, zstd;q=0.5", "gzip"),
+        ("gzip;q=0, zstd;q=0", None),
+    ],
+)
+def test_encoding(accept: str, chosen: str | None) -> None:
+    assert choose_encoding(accept) == chosen
+
+
+def test_encodings_are_what_their_names_say() -> None:
+    data = b"0.123,-4.5," * 10_000
+    assert gzip.decompress(ENCODINGS["gzip"](data)) == data
+    assert zstandard.decompress(ENCODINGS["zstd"](data)) == data
+    assert all(len(encode(data)) < len(data) / 4 for encode in ENCODINGS.values())
