@@ -63,7 +63,7 @@ class Engine:
             narrow(model)
         self._any_shape = _compile(core, model)
         # A graph for one shape is planned ahead, which saves about a tenth on the usual one.
-        model.reshape(list(USUAL_SHAPE))
+        model.reshape(dict.fromkeys(("image1", "image2"), list(USUAL_SHAPE)))
         self._usual_shape = _compile(core, model)
 
     def __call__(self, image1: Images, image2: Images) -> Flow:
@@ -76,7 +76,8 @@ class Engine:
             ``[N, H, W, 2]`` in pixels, valid until the next call.
         """
         request = self._usual_shape if image1.shape == USUAL_SHAPE else self._any_shape
-        flow: Flow = request.infer([image1, image2], share_inputs=True, share_outputs=True)[0]
+        images = {"image1": image1, "image2": image2}
+        flow: Flow = request.infer(images, share_inputs=True, share_outputs=True)[0]
         return flow
 
 

@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,11 +117,15 @@ def serve(
 
 def is_ready(address: Address) -> bool:
     """True when the server answers and every model of its repository is loaded."""
-    url = f"http://{reachable(address.host)}:{address.http_port}/v2/health/ready"
+    return answers_ok(address.host, address.http_port, "/v2/health/ready")
+
+
+def answers_ok(host: str, port: int, path: str) -> bool:
+    """True when a GET of `path` is answered with status 200."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(f"http://{reachable(host)}:{port}{path}", timeout=2) as answer:
             return bool(answer.status == HTTPStatus.OK)
-    except (urllib.error.URLError, OSError):
+    except OSError:  # urllib's own errors are OSErrors too
         return False
 
 
@@ -243,7 +246,22 @@ def _command(
         "--allow-gpu-metrics=false",
         f"--http-restricted-api={RESTRICTED}:admin-key={key}",
         f"--grpc-restricted-protocol={RESTRICTED}:admin-key={key}",
+        *_tracing(),
         # Keepalive pings of clients and gateways come more often than gRPC's five minutes.
         "--grpc-http2-min-recv-ping-interval-without-data=5000",
         "--grpc-http2-max-ping-strikes=0",
+    ]
+
+
+def _tracing() -> list[str]:
+    """Spans of Triton for the collector that the gateway's go to, if there is one."""
+    collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not collector:
+        return []
+    return [
+        "--trace-config=mode=opentelemetry",
+        f"--trace-config=opentelemetry,url={collector.rstrip('/')}/v1/traces",
+        "--trace-config=opentelemetry,resource=service.name=triton",
+        "--trace-config=level=TIMESTAMPS",
+        "--trace-config=rate=1",
     ]

@@ -1,0 +1,116 @@
+"""`python -m launch`: tritonserver and the gateway together, until Ctrl-C or SIGTERM.
+
+Environment: HOST (127.0.0.1), PORT (5003, the gateway), TRITON_HTTP_PORT (8000), TRITON_GRPC_PORT
+(8001), TRITON_METRICS_PORT (8002), MODEL_REPOSITORY (`model_repository` of this checkout); the
+gateway reads its own variables besides.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from launch import triton
+from launch.child import Child
+from launch.errors import BadSetting, LaunchError
+from launch.ports import check_free
+
+GATEWAY_START_SECONDS = 60.0
+GATEWAY_STOP_SECONDS = 30.0  # it gives requests in flight 25 seconds
+PROJECT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    """Run both servers; 0 after a signal, 1 when one cannot start or ends by itself."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+
+    def log(name: str, line: str) -> None:
+        try:
+            print(f"{name:7} | {line}", flush=True)
+        except BrokenPipeError:  # whoever read our output is gone
+            stop.set()
+
+    try:
+        address, port = _address(), _port("PORT", 5003)
+        check_free(
+            address.host,
+            {
+                "PORT": port,
+                "TRITON_HTTP_PORT": address.http_port,
+                "TRITON_GRPC_PORT": address.grpc_port,
+                "TRITON_METRICS_PORT": address.metrics_port,
+            },
+        )
+        repository = Path(os.environ.get("MODEL_REPOSITORY") or PROJECT / "model_repository")
+        with triton.serve(
+            repository, address=address, echo=lambda line: log("triton", line), stop=stop
+        ) as server:
+            gateway = Child(
+                "gateway",
+                [sys.executable, "-m", "gateway"],
+                _gateway_environment(server.address, port),
+                lambda line: log("gateway", line),
+            )
+            try:
+                if gateway.wait_until(
+                    lambda: triton.answers_ok(address.host, port, "/readyz"),
+                    GATEWAY_START_SECONDS,
+                    stop,
+                ):
+                    url = f"http://{triton.reachable(address.host)}:{port}"
+                    log("launch", f"ready on {url} - stop with Ctrl-C")
+                return _watch(server.child, gateway, stop)
+            finally:
+                gateway.stop(GATEWAY_STOP_SECONDS)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _watch(server: Child, gateway: Child, stop: threading.Event) -> int:
+    """Wait for a signal (0), or for one of the two to end by itself (1)."""
+    while not stop.wait(0.2):
+        for child in (server, gateway):
+            if child.exit_status() is not None:
+                print(
+                    f"error: {child.name} ended by itself with exit status {child.exit_status()}",
+                    file=sys.stderr,
+                )
+                return 1
+    return 0
+
+
+def _address() -> triton.Address:
+    return triton.Address(
+        host=os.environ.get("HOST") or "127.0.0.1",
+        http_port=_port("TRITON_HTTP_PORT", 8000),
+        grpc_port=_port("TRITON_GRPC_PORT", 8001),
+        metrics_port=_port("TRITON_METRICS_PORT", 8002),
+    )
+
+
+def _port(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise BadSetting(f"{variable}={text} is not a port: set it to a number from 1 to 65535")
+    return int(text)
+
+
+def _gateway_environment(address: triton.Address, port: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(PROJECT), os.environ.get("PYTHONPATH", "")))
+        ),
+        "PYTHONUNBUFFERED": "1",
+        "HOST": address.host,
+        "PORT": str(port),
+        "TRITON_ENDPOINTS": f"{triton.reachable(address.host)}:{address.grpc_port}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
