@@ -144,7 +144,7 @@ __device__ void stage(const Images<float>& images, const Place& place, int chann
 }
 
 __global__ void __launch_bounds__(kThreads, 2) correlate(Images<float> images) {
-  __shared__ alignas(16) Stage stages[2];
+  alignas(16) __shared__ Stage stages[2];
   const Place place = Tiles::place(images.height, images.width);
   const int s = threadIdx.x / 16;                 // which row r
   const int parity = threadIdx.x / 8 % 2;         // 8 lanes side by side read 32 floats in a row
@@ -339,7 +339,7 @@ __device__ void store_all(const Fetched& fetched, Stage* to) {
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) correlate(Images<__half> images) {
   using namespace nvcuda;
-  __shared__ alignas(128) Shared shared;
+  alignas(128) __shared__ Shared shared;
   const Place place = Tiles::place(images.height, images.width);
   const int s = threadIdx.x / 64, parity = threadIdx.x / 32 % 2;
 

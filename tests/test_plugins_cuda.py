@@ -1,0 +1,103 @@
+"""The CUDA kernels without a GPU: compiled for every architecture, and their threads emulated.
+
+What a GPU makes of them, speed above all, plugins/test_cuda.py shows on a machine that has one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from correlation_cases import CASES, REFUSED_CASES, Array, Case, brute_force, tolerance
+from plugins_build import PLUGINS, needs, run
+
+SOURCES = tuple(
+    PLUGINS / name for name in ("correlation.cu", "correlation.cpp", "correlation_c.cpp")
+)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library that plugins/test_cuda.py builds with nvcc, on tests/cuda_emulation instead."""
+    needs("c++")
+    library = tmp_path_factory.mktemp("emulated") / "correlation.so"
+    headers = Path(__file__).parent / "cuda_emulation"
+    run(
+        *("c++", "-std=gnu++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"),
+        *("-I", headers, "-x", "c++", *SOURCES, "-o", library),
+    )
+    loaded = ctypes.CDLL(str(library))
+    loaded.flownet2_correlation_cuda.restype = ctypes.c_char_p
+    return loaded
+
+
+def correlate(library: ctypes.CDLL, case: Case, a: Array, b: Array, out: Array) -> None:
+    """Writes `out`; raises ValueError with the library's message."""
+    message = library.flownet2_correlation_cuda(
+        (ctypes.c_int32 * 5)(*case.attributes.values()),
+        (ctypes.c_int64 * 4)(*case.shape),
+        ctypes.c_int(a.dtype == np.float16),
+        *(ctypes.c_void_p(array.ctypes.data) for array in (a, b, out)),
+        None,
+    )
+    if message is not None:
+        raise ValueError(message.decode())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_brute_force(
+    emulated: ctypes.CDLL, case: Case, dtype: type[np.floating[Any]]
+) -> None:
+    a, b = case.inputs(dtype)
+    size = int(np.prod(case.output_shape))
+    guarded = np.full(size + 64, np.nan, dtype)  # the ends must stay as they are
+    correlate(emulated, case, a, b, guarded[32:-32])
+    output = guarded[32:-32].reshape(case.output_shape)
+    np.testing.assert_allclose(output, brute_force(case, a, b), **tolerance(dtype))
+    assert np.isnan(guarded[:32]).all()
+    assert np.isnan(guarded[-32:]).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "word"), REFUSED_CASES, ids=lambda value: getattr(value, "name", "")
+)
+def test_refuses_with_a_message(emulated: ctypes.CDLL, case: Case, word: str) -> None:
+    image = np.zeros(case.shape, np.float32)
+    with pytest.raises(ValueError, match=word):
+        correlate(emulated, case, image, image, np.empty(0, np.float32))
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 120])
+def test_nvcc_compiles_without_spilling(architecture: int, tmp_path: Path) -> None:
+    needs("nvcc")
+    output = run(
+        *("nvcc", "-std=c++17", "-O3", "--Werror", "all-warnings", "-Xptxas", "-v"),
+        *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
+        *("-c", SOURCES[0], "-o", tmp_path / "correlation.o"),
+    )
+    kernels = output.split("Compiling entry function")[1:]
+    tiled = [kernel for kernel in kernels if "correlate_any" not in kernel]
+    assert len(tiled) == 3
+    for kernel in tiled:
+        assert " 0 bytes spill stores, 0 bytes spill loads" in kernel
+
+
+def test_gpu_script_says_what_it_lacks() -> None:
+    """Without a GPU (hidden here if there is one) the script builds, says so and exits with 2."""
+    needs("nvcc")
+    done = subprocess.run(
+        [sys.executable, PLUGINS / "test_cuda.py"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no GPU" in done.stdout
