@@ -227,12 +227,20 @@ def _backends(wheel: Path, stub: Path, folder: Path) -> Path:
 def _command(
     wheel: Path, repository: Path, backends: Path, address: Address, config_name: str | None
 ) -> list[str]:
-    key = secrets.token_urlsafe(24)
     return [
         str(wheel / "bin" / "tritonserver"),
+        *options(repository, address, config_name),
+        f"--backend-directory={backends}",
+        "--allow-gpu-metrics=false",
+    ]
+
+
+def options(repository: Path, address: Address, config_name: str | None) -> list[str]:
+    """Arguments of tritonserver, wherever it comes from: what it serves, where, and to whom."""
+    key = secrets.token_urlsafe(24)
+    return [
         f"--model-repository={repository.resolve()}",
         *([f"--model-config-name={config_name}"] if config_name else []),
-        f"--backend-directory={backends}",
         "--model-control-mode=none",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={STOP_SECONDS / 2:.0f}",
@@ -243,7 +251,6 @@ def _command(
         f"--grpc-port={address.grpc_port}",
         f"--metrics-address={address.host}",
         f"--metrics-port={address.metrics_port}",
-        "--allow-gpu-metrics=false",
         f"--http-restricted-api={RESTRICTED}:admin-key={key}",
         f"--grpc-restricted-protocol={RESTRICTED}:admin-key={key}",
         *_tracing(),
