@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 REPOSITORY := model_repository
-WEIGHTS := weights/flownet2.safetensors
-NETWORK ?= FlowNet2-c
 
 .PHONY: serve test lint bench soak up model weights openapi clean help
 
@@ -34,14 +32,14 @@ soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minut
 up: ## the same service from docker-compose.yml: on the GPU where there is one
 	docker compose --profile $(if $(shell command -v nvidia-smi),gpu,cpu) up --build
 
-model: $(REPOSITORY)/flownet2/1/model.onnx ## export the weights that ship
+model: $(REPOSITORY)/flownet2/1/model.onnx ## the Triton model of the weights that ship
 
-$(REPOSITORY)/flownet2/1/model.onnx: $(WEIGHTS) $(wildcard export/*.py) | $(VENV)/.serve
-	$(BIN)/python -m export --network FlowNet2-c --weights $(WEIGHTS) --repository $(REPOSITORY)
+$(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipped.py export/repository.py export/triton_model.py | $(VENV)/.serve
+	$(BIN)/python -m export.shipped --repository $(REPOSITORY)
 
 # An environment is made anew when what it installs has changed.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[serve,export]'
+	$(PIP_INSTALL) -e '.[serve]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

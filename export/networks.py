@@ -288,8 +288,8 @@ class FlowNet2(nn.Module):
         super().__init__()
         self.network = network
         self.pair_mean = pair_mean
-        self.register_buffer("mean1", torch.zeros(3))
-        self.register_buffer("mean2", torch.zeros(3))
+        self.register_buffer("mean1", torch.zeros(3, 1, 1))
+        self.register_buffer("mean2", torch.zeros(3, 1, 1))
         blocks: dict[str, nn.Module] = {}
         for position, kind in enumerate(network.cascade, start=1):
             if kind == "C":
@@ -321,7 +321,7 @@ class FlowNet2(nn.Module):
     def normalise(self, image1: Tensor, image2: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 RGB ``[N, H, W, 3]`` to mean-free BGR ``[N, 3, H, W]``, 0..1 before the mean."""
         first, second = (x.flip(-1).permute(0, 3, 1, 2).float() / 255 for x in (image1, image2))
-        mean1, mean2 = self.mean1[:, None, None], self.mean2[:, None, None]
+        mean1, mean2 = self.mean1, self.mean2
         if self.pair_mean:
             mean1 = mean2 = torch.cat((first, second), dim=3).mean(dim=(2, 3), keepdim=True)
         return first - mean1, second - mean2

@@ -18,7 +18,7 @@ from onnx import helper
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export.networks import FlowNet2
+from export.networks import FlowNet2, Network
 from export.operators import banded_correlation
 
 DOMAIN = "flownet2"
@@ -27,6 +27,23 @@ OPSET = 18
 # axes of size 1 for broadcast ones. The graph that comes out has no such limit.
 HEIGHT, WIDTH = Dim("height", min=65, max=16384), Dim("width", min=65, max=16384)
 BATCH = Dim("batch", min=2, max=64)
+
+
+def network_graph(network: Network) -> onnx.ModelProto:
+    """A network's float32 graph without the values of its weights.
+
+    Parameters and means are initializers by their names in :class:`FlowNet2`, with shape and type
+    but no data; :mod:`export.shipped` fills them in.
+    """
+    model = FlowNet2(network)
+    model.mean1.fill_(1)  # equal initializers would be merged
+    model.mean2.fill_(2)
+    proto = export_onnx(model)
+    names = set(model.state_dict())
+    for tensor in proto.graph.initializer:
+        if tensor.name in names:
+            tensor.ClearField("raw_data")
+    return proto
 
 
 def export_onnx(model: FlowNet2, half: bool = False) -> onnx.ModelProto:

@@ -76,8 +76,8 @@ def load_weights(network: Network, path: Path) -> tuple[FlowNet2, WeightFile]:
         )
     model = FlowNet2(network, pair_mean=file.mean1 is None)
     if file.mean1 is not None and file.mean2 is not None:
-        model.mean1.copy_(file.mean1)
-        model.mean2.copy_(file.mean2)
+        model.mean1.copy_(file.mean1.view(3, 1, 1))
+        model.mean2.copy_(file.mean2.view(3, 1, 1))
     with torch.no_grad():
         for (block, layer), module in network_layers(model).items():
             stored = _find(network, file, block, layer)
@@ -105,8 +105,8 @@ def save_weights(model: FlowNet2, path: Path, source: str, license: str) -> None
     metadata = {
         "network": model.network.name,
         "width": str(model.network.width),
-        "mean1": json.dumps(None if model.pair_mean else model.mean1.tolist()),
-        "mean2": json.dumps(None if model.pair_mean else model.mean2.tolist()),
+        "mean1": json.dumps(None if model.pair_mean else model.mean1.flatten().tolist()),
+        "mean2": json.dumps(None if model.pair_mean else model.mean2.flatten().tolist()),
         "source": source,
         "license": license,
     }

@@ -1,0 +1,84 @@
+"""The model that ships, put together without PyTorch: `make serve` needs none.
+
+``python -m export.shipped --repository DIR`` fills the weights of ``weights/flownet2.safetensors``
+into the graph ``weights/flownet2.onnx``, which :func:`export.onnx_export.network_graph` wrote
+(``python -m export.shipped --write-graph`` writes it anew). What comes out is what
+``python -m export`` gives.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from export.repository import write_model
+
+FOLDER = Path(__file__).parent.parent / "weights"
+WEIGHTS = FOLDER / "flownet2.safetensors"
+GRAPH = FOLDER / "flownet2.onnx"
+NAME = "flownet2"
+
+
+def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The shipped network as :func:`export.onnx_export.export_onnx` gives it, and the description
+    that :func:`export.repository.write_model` wants."""
+    with safe_open(WEIGHTS, framework="np") as file:
+        metadata = file.metadata()
+        tensors: dict[str, NDArray[np.generic]] = {
+            name: file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+        }
+    for mean in ("mean1", "mean2"):
+        tensors[mean] = np.array(json.loads(metadata[mean])).reshape(3, 1, 1)
+    model = onnx.load(GRAPH)
+    for initializer in model.graph.initializer:
+        if not initializer.raw_data and initializer.dims:
+            tensor = tensors[_name_in_file(initializer.name)]
+            assert list(tensor.shape) == list(initializer.dims), initializer.name
+            initializer.raw_data = tensor.astype("<f4").tobytes()
+    description = {
+        "network": metadata["network"],
+        "parameters": str(sum(t.size for name, t in tensors.items() if "." in name)),
+        "weights_source": metadata["source"],
+        "weights_license": metadata["license"],
+    }
+    return model, description
+
+
+def _name_in_file(parameter: str) -> str:
+    """blocks.net1.decoder.predict6.weight -> net1.predict6.weight (see export.weights)."""
+    parts = parameter.split(".")
+    return ".".join((parts[1], *parts[-2:])) if len(parts) > 1 else parameter
+
+
+def write_graph() -> None:
+    """Write the graph of the network that the weights are of (this one needs PyTorch)."""
+    from export.networks import NETWORKS  # noqa: PLC0415
+    from export.onnx_export import network_graph  # noqa: PLC0415
+
+    with safe_open(WEIGHTS, framework="np") as file:
+        network = NETWORKS[file.metadata()["network"]]
+    onnx.save(network_graph(network), GRAPH)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m export.shipped", description=__doc__)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--repository", type=Path, metavar="DIR")
+    action.add_argument("--write-graph", action="store_true")
+    options = parser.parse_args()
+    if options.write_graph:
+        write_graph()
+    else:
+        model, description = shipped_model()
+        folder = write_model(options.repository, NAME, model, description)
+        print(f"{description['network']} -> {folder}")
+
+
+if __name__ == "__main__":
+    main()
