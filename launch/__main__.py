@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launch import triton
 from launch.child import Child
-from launch.errors import BadSetting, LaunchError
-from launch.ports import check_free
+from launch.errors import LaunchError
+from launch.ports import check_free, port_from_environment
 
 GATEWAY_START_SECONDS = 60.0
 GATEWAY_STOP_SECONDS = 30.0  # it gives requests in flight 25 seconds
@@ -34,7 +34,8 @@ def main() -> int:
             stop.set()
 
     try:
-        address, port = _address(), _port("PORT", 5003)
+        address = triton.Address.from_environment()
+        port = port_from_environment("PORT", 5003)
         check_free(
             address.host,
             {
@@ -81,22 +82,6 @@ def _watch(server: Child, gateway: Child, stop: threading.Event) -> int:
                 )
                 return 1
     return 0
-
-
-def _address() -> triton.Address:
-    return triton.Address(
-        host=os.environ.get("HOST") or "127.0.0.1",
-        http_port=_port("TRITON_HTTP_PORT", 8000),
-        grpc_port=_port("TRITON_GRPC_PORT", 8001),
-        metrics_port=_port("TRITON_METRICS_PORT", 8002),
-    )
-
-
-def _port(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
-        raise BadSetting(f"{variable}={text} is not a port: set it to a number from 1 to 65535")
-    return int(text)
 
 
 def _gateway_environment(address: triton.Address, port: int) -> dict[str, str]:

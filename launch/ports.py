@@ -2,10 +2,23 @@
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Mapping
 
 from launch.errors import BadSetting, PortUnavailable
+
+
+def port_from_environment(variable: str, default: int) -> int:
+    """The port that an environment variable names.
+
+    Raises:
+        BadSetting: it holds something else.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise BadSetting(f"{variable}={text} is not a port: set it to a number from 1 to 65535")
+    return int(text)
 
 
 def check_free(host: str, ports: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from launch.child import Child, Echo
 from launch.errors import ModelMissing, ServerMissing, SharedLibraryMissing, StubMissing
-from launch.ports import check_free, free_ports
+from launch.ports import check_free, free_ports, port_from_environment
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
@@ -40,6 +40,20 @@ class Address:
     http_port: int
     grpc_port: int
     metrics_port: int
+
+    @classmethod
+    def from_environment(cls) -> "Address":
+        """The address that HOST and TRITON_HTTP_PORT, _GRPC_PORT and _METRICS_PORT give.
+
+        Raises:
+            BadSetting: one of the three is not a port.
+        """
+        return cls(
+            host=os.environ.get("HOST") or "127.0.0.1",
+            http_port=port_from_environment("TRITON_HTTP_PORT", 8000),
+            grpc_port=port_from_environment("TRITON_GRPC_PORT", 8001),
+            metrics_port=port_from_environment("TRITON_METRICS_PORT", 8002),
+        )
 
     @property
     def http(self) -> str:
