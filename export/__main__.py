@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         help="Caffe .caffemodel or .caffemodel.h5, NVIDIA .pth.tar, or our .safetensors",
     )
     parser.add_argument("--repository", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--name", default="flownet2", help="the model's name (default: %(default)s)")
+    parser.add_argument(
+        "--name", default="flownet2", help="the model's name (default: %(default)s)"
+    )
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     return parser
 

@@ -4,8 +4,10 @@ Nothing of export/ is used: layers come from a table of their own, the custom la
 Weights are a dict from Caffe layer name to (weight, bias), as a ``.caffemodel.h5`` stores them.
 """
 
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,16 @@ def make_blobs(nets: list[str], width: float, seed: int = 0) -> Blobs:
             np.array(mean, np.float32).reshape(1, 3, 1, 1),
         ]
     return blobs
+
+
+def write_h5(path: Path, blobs: Blobs) -> Path:
+    """Write a ``.caffemodel.h5`` as Caffe does."""
+    with h5py.File(path, "w") as file:
+        for layer, values in blobs.items():
+            for index, value in enumerate(values):
+                file[f"data/{layer}/{index}"] = value
+        file.create_group("data/blob44")  # layers without weights have empty groups
+    return path
 
 
 def correlate(a: Array, b: Array) -> Array:

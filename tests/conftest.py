@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gateway_stack import Gateway, run_gateway, wait_until, write_repository
+from stack import Stack, run_stack
 
 from launch import triton
-from gateway_stack import Gateway, run_gateway, wait_until, write_repository
 
 
 @pytest.fixture(scope="session")
@@ -30,4 +31,11 @@ def gateway(
     log = tmp_path_factory.mktemp("gateway") / "log"
     with run_gateway(closed_form_triton.address.grpc, log) as running:
         wait_until(lambda: running.get("/readyz") == 200)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """The service as `make serve` runs it."""
+    with run_stack() as running:
         yield running

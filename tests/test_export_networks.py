@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
-from caffe_reference import Blobs, make_blobs, run
+from caffe_reference import make_blobs, run, write_h5
 from scipy.ndimage import gaussian_filter
 
 from export.networks import NETWORKS, FlowNet2
@@ -25,15 +24,6 @@ NETS = {
     "FlowNet2-SD": (["sd"], 1),
     "FlowNet2": (["c", "s", "s", "sd", "fusion"], 1),
 }
-
-
-def write_h5(path: Path, blobs: Blobs) -> Path:
-    with h5py.File(path, "w") as file:
-        for layer, values in blobs.items():
-            for index, value in enumerate(values):
-                file[f"data/{layer}/{index}"] = value
-        file.create_group("data/blob44")  # layers without weights have empty groups
-    return path
 
 
 def images(n: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
