@@ -1,0 +1,59 @@
+"""The README's examples do what they say."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stack import MODEL, ROOT, Stack
+
+from gateway import settings
+
+README = (ROOT / "README.md").read_text()
+# From "Ask for flow" up to "Networks and weights".
+EXAMPLES = re.findall(
+    r"^```(sh|python)\n(.*?)^```",
+    README[README.index("## Ask for flow") : README.index("## Networks and weights")],
+    re.DOTALL | re.MULTILINE,
+)
+DEFAULT_PORTS = {"PORT": "5003", "TRITON_HTTP_PORT": "8000", "TRITON_GRPC_PORT": "8001"}
+
+
+@pytest.mark.skipif(not MODEL.is_file(), reason="the model is not built: `make model` does it")
+def test_examples(stack: Stack, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    assert [kind for kind, _ in EXAMPLES] == ["sh", "sh", "python"]
+    output = ""
+    for kind, text in EXAMPLES:
+        example = text
+        for variable, port in DEFAULT_PORTS.items():
+            example = example.replace(f"127.0.0.1:{port}", f"127.0.0.1:{stack.ports[variable]}")
+        command = ["bash", "-euc"] if kind == "sh" else [sys.executable, "-W", "ignore", "-c"]
+        done = subprocess.run(
+            [*command, example], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        output += done.stdout
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert len(answer["flow"]) == 512
+    shown = re.search(r'"scale_x_back_factor": (\S+), "scale_y_back_factor": (\S+)}', README)
+    assert shown is not None
+    assert answer["scale_x_back_factor"] == float(shown[1])
+    assert answer["scale_y_back_factor"] == float(shown[2])
+    assert (tmp_path / "flow.npy").read_bytes().startswith(b"\x93NUMPY")
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert "float32" in output
+
+
+def test_settings_table() -> None:
+    shown = README[README.index("<!-- settings -->") : README.index("<!-- /settings -->")]
+    assert settings.table().strip() in shown
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
