@@ -35,6 +35,7 @@ from training.generator import Textures, load_textures, render
 from training.loss import endpoint_error, matching_loss, multiscale_loss
 from training.model import TrainingC, channel_means, initialise, standardise
 from training.pool import Batch, ScenePool, photometric
+from training.workers import Workers
 
 PIECE_BYTES = 15_000_000
 VALIDATION_SEED = 1 << 40  # far from the seeds of training scenes
@@ -198,10 +199,11 @@ class Trainer:
         self.model = FlowNet2(self.network)
         channel_means(self.model)
         self.model.to(self.device)
-        self.random = torch.Generator().manual_seed(arguments.seed)
+        self.workers = Workers(arguments.workers)
+        self.random = torch.Generator().manual_seed(arguments.seed + (self.workers.rank << 16))
         self.step = 0  # over all parts
         self.elapsed = 0.0
-        self.next_seed = arguments.seed << 24
+        self.next_seed = (arguments.seed << 24) + (self.workers.rank << 34)
         self.part_index = 0
         self.checked = 0.0
         self.out: Path = arguments.out
@@ -260,6 +262,8 @@ class Trainer:
             self.trainee.module.fold_temperature()
             stem = self.trainee.module.block.stem
             standardise(self.trainee, lambda: self.trainee(images), keep=stem)
+        # Every worker has standardised on images of its own.
+        self.workers.share([parameter.data for parameter in self.trainee.parameters()])
         trained = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -296,15 +300,19 @@ class Trainer:
             "trainee": self.trainee.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
-            "random": self.random.get_state(),
+            "workers": self.workers.gather(
+                {
+                    "random": self.random.get_state(),
+                    "seed": self.next_seed,
+                    "rendered": self.pool.rendered,
+                    "owed": self.pool.owed,
+                }
+            ),
             "part": self.part_index,
             "part_step": self.part_step,
             "step": self.step,
             "elapsed": self.elapsed,
             "checked": self.checked,
-            "seed": self.next_seed,
-            "rendered": self.pool.rendered,
-            "owed": self.pool.owed,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -322,13 +330,22 @@ class Trainer:
         self.trainee.load_state_dict(state["trainee"])
         self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
-        self.part_step, self.next_seed = state["part_step"], state["seed"]
-        self.open_pool(state["rendered"])
-        self.pool.owed = state["owed"]
-        self.random.set_state(state["random"])
+        self.part_step = state["part_step"]
+        if len(state["workers"]) != self.workers.count:
+            raise ResumeError(
+                f"{self.out} holds a run of {len(state['workers'])} workers; "
+                f"go on with --workers {len(state['workers'])}"
+            )
+        own = state["workers"][self.workers.rank]
+        self.next_seed = own["seed"]
+        self.open_pool(own["rendered"])
+        self.pool.owed = own["owed"]
+        self.random.set_state(own["random"])
 
     def checkpoint(self) -> None:
-        save_checkpoint(self.out / "checkpoint", self.state())
+        state = self.state()
+        if self.workers.first:
+            save_checkpoint(self.out / "checkpoint", state)
 
     # -- training ---------------------------------------------------------------------------
 
@@ -341,8 +358,7 @@ class Trainer:
                 self.finish_part()
                 self.part_index += 1
                 self.begin_part()
-            loss, epe = self.train_step()
-            self.elapsed = time.monotonic() - started
+            loss, epe = self.train_step(time.monotonic() - started)
             self.log.append((loss, epe))
             if self.elapsed - shown > self.arguments.log_seconds or self.total_progress >= 1.0:
                 self.write_log()
@@ -364,8 +380,12 @@ class Trainer:
         if isinstance(self.trainee.module, TrainingC):
             self.trainee.module.fold()
 
-    def train_step(self) -> tuple[float, float]:
-        """One step; the loss, and the end-point error in pixels (or the matching loss again)."""
+    def train_step(self, elapsed: float) -> tuple[float, float]:
+        """One step; the loss, and the end-point error in pixels (or the matching loss again).
+
+        `elapsed` becomes the run's time, averaged over the workers, who thereby agree on the
+        schedule.
+        """
         batch = self.batch()
         rate = learning_rate(self.progress, self.arguments.learning_rate)
         for group in self.optimizer.param_groups:
@@ -390,6 +410,9 @@ class Trainer:
             epe = endpoint_error(finest * self.trainee.scale, truth)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.elapsed, shown_loss, shown_epe = self.workers.average_gradients(
+            self.trainee, [elapsed, float(loss.detach()), float(epe)]
+        )
         nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -398,7 +421,7 @@ class Trainer:
             decay = min(EMA_DECAY, (1 + self.part_step) / (10 + self.part_step)) ** EMA_EVERY
             current = [parameter.detach() for parameter in self.trainee.parameters()]
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
-        return float(loss.detach()), float(epe)
+        return shown_loss, shown_epe
 
     # -- validation and log -----------------------------------------------------------------
 
@@ -420,13 +443,15 @@ class Trainer:
                 zero += float(endpoint_error(torch.zeros_like(flow), batch.flow))
             for name, parameter in self.trainee.named_parameters():
                 parameter.copy_(kept[name])
-        return error / self.arguments.validation, zero / self.arguments.validation
+        share = self.workers.count / self.arguments.validation
+        error, zero = self.workers.average([error * share, zero * share])
+        return error, zero
 
     def validation_batches(self) -> Iterator[Batch]:
-        """`--validation` batches of four whole images, the same ones every time."""
+        """This worker's part of `--validation` batches of four images, the same every time."""
         size = self.arguments.crop or (384, 512)
         displacement = 0.1 if self.part.block == "sd" else 1.0
-        for number in range(self.arguments.validation):
+        for number in range(self.workers.rank, self.arguments.validation, self.workers.count):
             scenes = render(
                 VALIDATION_SEED + number, 4, *size, self.textures, displacement, blur=False
             )
@@ -436,6 +461,8 @@ class Trainer:
     def write_log(self) -> None:
         loss, epe = (sum(values) / len(values) for values in zip(*self.log, strict=True))
         self.log = []
+        if not self.workers.first:
+            return
         rate = self.optimizer.param_groups[0]["lr"]
         crop, batch, _ = self.scaled(self.phase)
         append_row(
@@ -464,6 +491,8 @@ class Trainer:
 
     def write_validation(self) -> None:
         error, zero = self.validate()
+        if not self.workers.first:
+            return
         append_row(
             self.out / "validation.csv",
             {
@@ -525,7 +554,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation", type=int, default=6, help="validation batches of four")
     parser.add_argument("--validate-minutes", type=float, default=5.0)
     parser.add_argument("--log-seconds", type=float, default=20.0)
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=1, help="processes, --batch samples each")
+    parser.add_argument("--threads", type=int, help="CPU threads of each worker")
     parser.add_argument(
         "--crop", type=int, nargs=2, help="fixed crop height and width, multiples of 64"
     )

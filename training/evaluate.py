@@ -1,0 +1,160 @@
+"""Measure exported networks and OpenCV's methods on image pairs with true flow.
+
+    python -m training.evaluate --pairs DIR [--model model.onnx …] [--pictures DIR]
+
+prints one table: end-point error of each pair, family and over all, then the share of pixels off by
+more than 3 pixels and the milliseconds a pair takes. `--pictures` writes first frame, true flow and
+every method's flow side by side in Middlebury's colours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from gateway.encoding import Flow, colours
+from training.pairs import Pair, read_pairs
+
+Image8 = npt.NDArray[np.uint8]
+Method = Callable[[Image8, Image8], Flow]
+
+BAD_PIXELS = 3.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method on one pair: mean end-point error in pixels, share of valid pixels off by more
+    than 3 pixels, and the time taken."""
+
+    epe: float
+    bad: float
+    milliseconds: float
+
+
+def score(flow: Flow, pair: Pair, milliseconds: float = 0.0) -> Score:
+    """Compare a flow [H, W, 2] with the true one over the valid pixels."""
+    error = np.hypot(*np.moveaxis(flow.astype(np.float64) - pair.flow, 2, 0))[pair.valid]
+    return Score(float(error.mean()), float((error > BAD_PIXELS).mean()), milliseconds)
+
+
+def _gray(method: Method) -> Method:
+    """A method for grey images, given RGB ones."""
+
+    def on_colour(first: Image8, second: Image8) -> Flow:
+        return method(
+            cv2.cvtColor(first, cv2.COLOR_RGB2GRAY), cv2.cvtColor(second, cv2.COLOR_RGB2GRAY)
+        )
+
+    return on_colour
+
+
+def opencv_methods() -> dict[str, Method]:
+    """OpenCV's classical methods by name."""
+    fast = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    medium = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    deep = cv2.optflow.createOptFlow_DeepFlow()
+    return {
+        "zero flow": lambda first, second: np.zeros((*first.shape[:2], 2), np.float32),
+        "Farneback": _gray(
+            lambda first, second: cv2.calcOpticalFlowFarneback(
+                first, second, None, 0.5, 5, 15, 5, 7, 1.5, 0
+            )
+        ),
+        "DIS fast": _gray(lambda first, second: fast.calc(first, second, None)),
+        "DIS medium": _gray(lambda first, second: medium.calc(first, second, None)),
+        "DeepFlow": _gray(lambda first, second: deep.calc(first, second, None)),
+    }
+
+
+def onnx_method(path: Path) -> Method:
+    """An exported network: uint8 [N, H, W, 3] twice to float32 [N, H, W, 2], in ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(first: Image8, second: Image8) -> Flow:
+        flow: Flow = session.run(["flow"], {"image1": first[None], "image2": second[None]})[0][0]
+        return flow
+
+    return run
+
+
+def evaluate(pairs: list[Pair], methods: dict[str, Method]) -> dict[str, dict[str, Score]]:
+    """Scores by method and pair. Each method first runs once without being timed."""
+    scores: dict[str, dict[str, Score]] = {}
+    for name, method in methods.items():
+        method(*pairs[0].frames)
+        scores[name] = {}
+        for pair in pairs:
+            started = time.perf_counter()
+            flow = method(*pair.frames)
+            milliseconds = 1000 * (time.perf_counter() - started)
+            scores[name][pair.name] = score(flow, pair, milliseconds)
+    return scores
+
+
+def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
+    """A Markdown table of the scores."""
+    lines = ["| end-point error | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+
+    def row(title: str, cell: Callable[[dict[str, Score]], str]) -> None:
+        lines.append(f"| {title} | " + " | ".join(cell(by_pair) for by_pair in scores.values()) + " |")
+
+    def mean_error(names: list[str]) -> Callable[[dict[str, Score]], str]:
+        return lambda by_pair: f"{np.mean([by_pair[name].epe for name in names]):.2f}"
+
+    for pair in pairs:
+        row(pair.name, mean_error([pair.name]))
+    for family in dict.fromkeys(pair.family for pair in pairs):
+        members = [pair.name for pair in pairs if pair.family == family]
+        if len(members) > 1:
+            row(f"**{family}, mean of {len(members)}**", mean_error(members))
+    row(f"**all, mean of {len(pairs)}**", mean_error([pair.name for pair in pairs]))
+    row("pixels off by more than 3, %", lambda s: f"{100 * np.mean([x.bad for x in s.values()]):.1f}")
+    row("milliseconds a pair", lambda s: f"{np.mean([x.milliseconds for x in s.values()]):.0f}")
+    return "\n".join(lines)
+
+
+def picture(pair: Pair, methods: dict[str, Method]) -> Image8:
+    """First frame, true flow and each method's flow in a row, coloured on one scale."""
+    longest = float(np.hypot(*np.moveaxis(pair.flow, 2, 0))[pair.valid].max())
+    truth = colours(pair.flow, longest)
+    truth[~pair.valid] = 0
+    panels = [pair.frames[0], truth]
+    panels += [colours(method(*pair.frames), longest) for method in methods.values()]
+    return np.concatenate(panels, axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
+    parser.add_argument("--pairs", type=Path, required=True, help="folder of folders of pairs")
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], help="exported model.onnx; repeatable"
+    )
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of all flows")
+    arguments = parser.parse_args()
+    pairs = list(read_pairs(arguments.pairs))
+    methods = opencv_methods()
+    for path in arguments.model:
+        # Exported models lie in <name>/1/model.onnx.
+        name = path.parent.parent.name if path.stem == "model" else path.stem
+        methods[name or path.stem] = onnx_method(path)
+    print(table(pairs, evaluate(pairs, methods)))
+    if arguments.pictures:
+        arguments.pictures.mkdir(parents=True, exist_ok=True)
+        shown = {name: method for name, method in methods.items() if name != "zero flow"}
+        for pair in pairs:
+            path = arguments.pictures / f"{pair.name}.png"
+            Image.fromarray(picture(pair, shown)).save(path)
+
+
+if __name__ == "__main__":
+    main()

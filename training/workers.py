@@ -1,0 +1,80 @@
+"""Data-parallel training in several processes on one machine, gradients averaged every step.
+
+On a CPU that others use too, processes of one thread each get several times as far as one process
+of several threads, whose every operation waits for its slowest thread.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Workers:
+    """This process among `count` equal ones; alone, every method does nothing."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.rank = int(os.environ.get("TRAINING_RANK", "0"))
+        if count == 1:
+            return
+        if "TRAINING_RANK" not in os.environ:
+            meeting_point = os.path.join(tempfile.mkdtemp(), "workers")
+            os.environ |= {"TRAINING_STORE": meeting_point, "GLOO_SOCKET_IFNAME": "lo"}
+            for rank in range(1, count):
+                subprocess.Popen(
+                    [sys.executable, "-m", "training.train", *sys.argv[1:]],
+                    env=os.environ | {"TRAINING_RANK": str(rank)},
+                )
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{os.environ['TRAINING_STORE']}",
+            rank=self.rank,
+            world_size=count,
+        )
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def average_gradients(self, module: nn.Module, extra: list[float]) -> list[float]:
+        """Average the gradients of `module` over all workers, and the numbers in `extra`."""
+        if self.count == 1:
+            return extra
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), gradients[0].new_tensor(extra)])
+        dist.all_reduce(flat)
+        flat /= self.count
+        place = 0
+        for gradient in gradients:
+            gradient.copy_(flat[place : place + gradient.numel()].view(gradient.shape))
+            place += gradient.numel()
+        return [float(value) for value in flat[place:]]
+
+    def average(self, values: list[float]) -> list[float]:
+        if self.count == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor / self.count]
+
+    def gather(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        """The `value` of each worker, in the order of ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, tensors: list[Tensor]) -> None:
+        """Copy `tensors` of the first worker to the others."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
