@@ -203,6 +203,8 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
         Both images are resized to 512x512, then converted to RGB; EXIF orientation is ignored.
         The flow is already multiplied by the back factors: a client resizes the matrix to the
         images' size and multiplies nothing.
+
+        The header `X-Request-Timeout` sets how many seconds the answer may take.
         """
         return await service.answer(request, model, size == "native")
 
@@ -237,10 +239,7 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
         )
         | {200: openapi.flow_response()},
         "response_class": Response,
-        "openapi_extra": {
-            "requestBody": openapi.flow_request(),
-            "parameters": [openapi.timeout_parameter(settings)],
-        },
+        "openapi_extra": {"requestBody": openapi.flow_request()},
         "dependencies": [Depends(service.admitted)],
     }
     app.post("/estimate_flow/", **declared)(estimate_flow)

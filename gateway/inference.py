@@ -85,7 +85,7 @@ def classify(error: InferenceServerException) -> GatewayError | EndpointLost:
     model_gone = code == "NOT_FOUND" or "Stub process" in message
     if code in ("UNAVAILABLE", "CANCELLED") or connection_lost or model_gone:
         return EndpointLost(message)
-    return ModelFailed(f"The model failed: {message[:200]}")
+    return ModelFailed(f"The model failed: {message[:200].rstrip('.')}.")
 
 
 def check_contract(metadata: Any) -> None:

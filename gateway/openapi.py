@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from gateway.errors import KINDS, MEDIA_TYPE, GatewayError
-from gateway.flow import SCALE_HEADERS, TIMEOUT_HEADER
+from gateway.flow import SCALE_HEADERS
 from gateway.negotiation import FORMATS, JSON
 from gateway.settings import Settings
 
@@ -126,21 +126,6 @@ def flow_response() -> dict[str, Any]:
         "description": f"The flow, in the format that `Accept` asks for. {formats}.",
         "headers": {name: {"schema": factor, "required": True} for name in SCALE_HEADERS},
         "content": content,
-    }
-
-
-def timeout_parameter(settings: Settings) -> dict[str, Any]:
-    """The header that sets a deadline."""
-    return {
-        "name": TIMEOUT_HEADER,
-        "in": "header",
-        "required": False,
-        "description": f"seconds that the answer may take; at most {settings.max_timeout_s:g}",
-        "schema": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "default": settings.default_timeout_s,
-        },
     }
 
 

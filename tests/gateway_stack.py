@@ -70,7 +70,7 @@ def write_repository(folder: Path) -> Path:
         weights_source="closed form",
         weights_license="GPL-3.0-or-later",
     )
-    write_model(folder, "slow", queue=2, delay_s=1.5, journal=folder / "journal")
+    write_model(folder, "slow", queue=2, delay_s=2, journal=folder / "journal")
     write_model(folder, "nan", fault="nan")
     write_model(folder, "raising", fault="raise")
     write_model(folder, "wrong_type", flow_type="TYPE_FP16")

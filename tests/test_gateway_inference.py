@@ -1,0 +1,195 @@
+"""The client of Triton, against real Tritons: contract, meanings of errors, loss and recovery."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from gateway_stack import (
+    as_json,
+    encoded,
+    expected_flow,
+    picture,
+    run_gateway,
+    wait_until,
+    write_model,
+)
+from tritonclient.utils import InferenceServerException
+
+from gateway.errors import DeadlineExceeded, InferenceUnavailable, ModelFailed, QueueFull
+from gateway.inference import Cluster, Endpoint, EndpointLost, check_flow, classify
+from launch import triton
+
+IMAGE = np.zeros((16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "meaning"),
+    [
+        ("UNAVAILABLE", "[request id: 5] Exceeds maximum queue size", QueueFull),
+        ("UNAVAILABLE", "Request timeout expired", DeadlineExceeded),
+        ("UNAVAILABLE", "failed to connect to all addresses; last error: …", EndpointLost),
+        ("UNAVAILABLE", "Socket closed", EndpointLost),
+        ("UNAVAILABLE", "Server is stopping, scheduler for model has stopped …", EndpointLost),
+        ("NOT_FOUND", "Request for unknown model: 'a' is not found", EndpointLost),
+        ("UNKNOWN", "Stream removed", EndpointLost),
+        ("INTERNAL", "Stub process 'a_0' is not healthy.", EndpointLost),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
+        ("INTERNAL", "CUDA out of memory", ModelFailed),
+        ("INVALID_ARGUMENT", "unexpected shape", ModelFailed),
+    ],
+)
+def test_meanings(status: str, message: str, meaning: type[Exception]) -> None:
+    assert type(classify(InferenceServerException(message, f"StatusCode.{status}"))) is meaning
+
+
+def infer(address: str, model: str, timeout: float, count: int = 1) -> list[object]:
+    """What `count` simultaneous inferences end in."""
+
+    async def run() -> list[object]:
+        endpoint = Endpoint(address)
+        try:
+            calls = [
+                endpoint.infer(model, IMAGE, IMAGE, timeout=timeout, request_id="t", headers={})
+                for _ in range(count)
+            ]
+            return list(await asyncio.gather(*calls, return_exceptions=True))
+        finally:
+            await endpoint.client.close()
+
+    return asyncio.run(run())
+
+
+def test_meanings_as_triton_says_them(closed_form_triton: triton.Triton) -> None:
+    address = closed_form_triton.address.grpc
+    assert isinstance(infer(address, "flownet2", 30)[0], np.ndarray)
+    assert type(infer(address, "nosuch", 30)[0]) is EndpointLost
+    assert type(infer(address, "raising", 30)[0]) is ModelFailed
+    assert type(infer(address, "slow", 0.3)[0]) is DeadlineExceeded
+    assert type(infer("127.0.0.1:1", "flownet2", 5)[0]) is EndpointLost
+    outcomes = [type(one) for one in infer(address, "slow", 30, count=6)]
+    assert outcomes.count(np.ndarray) >= 1
+    assert outcomes.count(QueueFull) >= 2
+    assert set(outcomes) == {np.ndarray, QueueFull}
+
+
+def test_timeout_of_the_request_bounds_tritons_queue(closed_form_triton: triton.Triton) -> None:
+    """Triton itself gives up on a request that waits too long, without the gRPC deadline's help."""
+
+    async def run() -> object:
+        endpoint = Endpoint(closed_form_triton.address.grpc)
+        client_infer = endpoint.client.infer
+
+        async def without_deadline(*arguments: object, **options: object) -> object:
+            return await client_infer(*arguments, **{**options, "client_timeout": None})
+
+        first = asyncio.create_task(
+            endpoint.infer("slow", IMAGE, IMAGE, timeout=30, request_id="1", headers={})
+        )
+        await asyncio.sleep(0.5)
+        endpoint.client.infer = without_deadline
+        second = endpoint.infer("slow", IMAGE, IMAGE, timeout=0.2, request_id="2", headers={})
+        outcome = (await asyncio.gather(second, return_exceptions=True))[0]
+        await first
+        await endpoint.client.close()
+        return outcome
+
+    assert type(asyncio.run(run())) is DeadlineExceeded
+
+
+@pytest.mark.parametrize("flow", [None, np.zeros((1, 4, 5, 2)), np.zeros((1, 4, 5, 3), np.float32)])
+def test_no_flow_is_a_failure(flow: np.ndarray | None) -> None:
+    with pytest.raises(ModelFailed):
+        check_flow(flow, 4, 5)
+
+
+def test_names_that_do_not_resolve_are_no_crash() -> None:
+    async def run() -> None:
+        cluster = Cluster(["nowhere.invalid:8001"])
+        await cluster.start()
+        assert cluster.endpoints == []
+        with pytest.raises(InferenceUnavailable):
+            cluster.require("flownet2", "flownet2")
+        await cluster.close()
+
+    asyncio.run(run())
+
+
+def test_a_name_stands_for_its_addresses(closed_form_triton: triton.Triton) -> None:
+    async def run() -> None:
+        cluster = Cluster([f"localhost:{closed_form_triton.address.grpc_port}"])
+        await cluster.start()
+        try:
+            async with asyncio.timeout(30):
+                while "flownet2" not in cluster.models():
+                    await asyncio.sleep(0.05)
+            serving = [one.address for one in cluster.endpoints if one.models]
+            assert serving == [closed_form_triton.address.grpc]
+        finally:
+            await cluster.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The default model, a little slow, so that requests are in flight when something happens."""
+    write_model(tmp_path / "repository", delay_s=0.3)
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def addresses() -> Iterator[tuple[triton.Address, triton.Address]]:
+    yield triton.local_address(), triton.local_address()
+
+
+def test_a_killed_triton_costs_one_retry(
+    repository: Path, addresses: tuple[triton.Address, triton.Address], tmp_path: Path
+) -> None:
+    first, second = picture(1), picture(2)
+    body = as_json(encoded(first), encoded(second))
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+    stays, goes = addresses
+    with triton.serve(repository, address=stays), triton.serve(repository, address=goes) as victim:
+        endpoints = f"{stays.grpc},{goes.grpc}"
+        with run_gateway(endpoints, tmp_path / "log", GATEWAY_DEFAULT_TIMEOUT_S="60") as gateway:
+            serving = "flownet2_endpoints_serving"
+            metrics = f"{gateway.url}/metrics"
+            wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
+
+            def client() -> None:
+                with httpx.Client(timeout=120) as session:
+                    while not stop.is_set():
+                        url = f"{gateway.url}/estimate_flow/"
+                        answers.append(session.post(url, json=body))
+
+            clients = [threading.Thread(target=client) for _ in range(4)]
+            for one in clients:
+                one.start()
+            wait_until(lambda: len(answers) >= 4)
+            os.kill(victim.child.pid, signal.SIGKILL)
+            wait_until(lambda: f"{serving} 1.0" in httpx.get(metrics).text)
+            after = len(answers)
+            wait_until(lambda: len(answers) >= after + 6)
+            stop.set()
+            for one in clients:
+                one.join()
+            assert "endpoint lost during a request" in (tmp_path / "log").read_text()
+
+            # A Triton that comes back is used again, within two seconds of being ready.
+            with triton.serve(repository, address=goes):
+                ready = time.monotonic()
+                wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
+                recovery = time.monotonic() - ready
+    assert {answer.status_code for answer in answers} == {200}
+    expected = expected_flow(first, second)
+    for answer in answers:
+        np.testing.assert_allclose(np.array(answer.json()["flow"]), expected, atol=1e-5)
+    assert recovery < 10  # a bound for busy machines; the backoff and the poll make it 1.5 s
