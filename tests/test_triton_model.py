@@ -1,0 +1,297 @@
+"""The CPU model: its engine against ONNX Runtime, and itself inside a real Triton."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+import tritonclient.grpc
+import tritonclient.http
+from PIL import Image
+
+from export.networks import NETWORKS, FlowNet2
+from export.onnx_export import export_onnx
+from export.repository import write_model
+from export.triton_model import Engine, available_cores, has_bfloat16, narrow
+from launch import triton
+
+# C, a warp, S: every kind of part that the big networks repeat.
+NETWORK = NETWORKS["FlowNet2-cs"]
+# Sizes that need no, some and much padding to multiples of 64; landscape and portrait.
+SIZES = [(512, 512), (388, 584), (75, 100), (100, 75), (16, 16)]
+
+needs_bfloat16 = pytest.mark.skipif(
+    not has_bfloat16(), reason="this CPU has no bfloat16 arithmetic"
+)
+
+Images = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with a small network of random weights that give flows of some pixels."""
+    model = FlowNet2(NETWORK)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.02, generator=generator)
+            continue
+        transposed = "deconv" in name or "upflow" in name
+        inputs = parameter.shape[0] * 4 if transposed else parameter[0].numel()
+        gain = 1.4 if parameter.shape[1 if transposed else 0] > 2 else 0.7
+        parameter.data.normal_(0, gain / inputs**0.5, generator=generator)
+    model.mean1.fill_(0.43)
+    model.mean2.fill_(0.43)
+    folder = tmp_path_factory.mktemp("repository")
+    write_model(folder, "flownet2", export_onnx(model), {"network": NETWORK.name})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def onnx_file(repository: Path) -> Path:
+    return repository / "flownet2" / "1" / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def reference(onnx_file: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+
+
+def pair(height: int, width: int, seed: int = 0, batch: int = 1) -> tuple[Images, Images]:
+    """Smooth random images, the second a shifted first."""
+    random = np.random.default_rng(seed)
+    small = random.integers(0, 256, (batch, height // 8 + 3, width // 8 + 3, 3), np.uint8)
+    large = np.stack(
+        [
+            np.asarray(Image.fromarray(one).resize((width + 8, height + 8), Image.BICUBIC))
+            for one in small
+        ]
+    )
+    return large[:, 2:-6, 5:-3].copy(), large[:, 4:-4, 2:-6].copy()
+
+
+def expected(session: onnxruntime.InferenceSession, images: tuple[Images, Images]) -> Any:
+    return session.run(None, {"image1": images[0], "image2": images[1]})[0]
+
+
+def end_point_error(one: Any, other: Any) -> Any:
+    return np.linalg.norm(one - other, axis=-1)
+
+
+@pytest.fixture(scope="module")
+def engine_f32(onnx_file: Path) -> Engine:
+    return Engine(onnx_file, "f32")
+
+
+@pytest.fixture(scope="module")
+def engine_bf16(onnx_file: Path) -> Engine:
+    return Engine(onnx_file, "bf16")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_engine_is_onnx_runtime(
+    engine_f32: Engine,
+    reference: onnxruntime.InferenceSession,
+    size: tuple[int, int],
+    batch: int,
+) -> None:
+    images = pair(*size, batch=batch)
+    want = expected(reference, images)
+    assert np.abs(want).max() > 1  # or the comparison says nothing
+    got = engine_f32(*images)
+    assert got.shape == (batch, *size, 2)
+    assert np.abs(got - want).max() < 1e-3
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("size", SIZES[:3])
+def test_bfloat16_engine_stays_close(
+    engine_bf16: Engine, reference: onnxruntime.InferenceSession, size: tuple[int, int]
+) -> None:
+    images = pair(*size)
+    want = expected(reference, images)
+    error = end_point_error(engine_bf16(*images), want).mean()
+    assert 0 < error < 0.02 * np.linalg.norm(want, axis=-1).mean()
+
+
+@needs_bfloat16
+def test_only_wide_convolutions_are_narrowed(onnx_file: Path) -> None:
+    """Nothing that carries flow, coordinates or the cost volume may lose its mantissa."""
+    inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
+    model = openvino.Core().read_model(inlined.SerializeToString())
+    narrow(model)
+    bfloat16 = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_output_size() and node.get_output_element_type(0) == openvino.Type.bf16
+    ]
+    kinds = {node.get_type_name() for node in bfloat16}
+    assert kinds == {"Convert", "Convolution", "ConvolutionBackpropData", "Add", "PRelu"}
+    convolutions = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in {"Convolution", "ConvolutionBackpropData"}
+    ]
+    for node in convolutions:
+        predicts_flow = node.get_output_partial_shape(0)[1] == 2
+        assert (node in bfloat16) != predicts_flow, node.get_friendly_name()
+    # C: 2 x 3 of the stem, conv_redir, 7 of the tail; S: 10; 4 deconvolutions each.
+    assert sum(node in bfloat16 for node in convolutions) == 6 + 1 + 7 + 4 + 10 + 4
+
+
+@needs_bfloat16
+def test_bfloat16_is_chosen_where_the_cpu_has_it(onnx_file: Path) -> None:
+    assert Engine(onnx_file).precision == "bf16"
+
+
+def test_float32_is_chosen_elsewhere(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: "flags : fpu sse2 avx2 avx512f")
+    assert not has_bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("max 100000\n", 4),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("10000 100000\n", 1),
+        ("900000 100000\n", 4),
+        (None, 4),
+    ],
+)
+def test_threads_follow_affinity_and_quota(
+    monkeypatch: pytest.MonkeyPatch, quota: str | None, cores: int
+) -> None:
+    def read_text(path: Path, **options: object) -> str:
+        assert str(path) == "/sys/fs/cgroup/cpu.max"
+        if quota is None:
+            raise FileNotFoundError(path)
+        return quota
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 5})
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_cores() == cores
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[triton.Triton]:
+    with triton.serve(repository) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def grpc_client(server: triton.Triton) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    with tritonclient.grpc.InferenceServerClient(server.address.grpc) as client:
+        yield client
+
+
+def infer(client: Any, module: Any, images: tuple[Images, Images], **options: Any) -> Any:
+    inputs = []
+    for name, image in zip(("image1", "image2"), images, strict=True):
+        tensor = module.InferInput(name, list(image.shape), "UINT8")
+        tensor.set_data_from_numpy(image)
+        inputs.append(tensor)
+    return client.infer("flownet2", inputs, **options).as_numpy("flow")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_grpc_serves_numpy_arrays_at_their_own_size(
+    grpc_client: tritonclient.grpc.InferenceServerClient,
+    reference: onnxruntime.InferenceSession,
+    size: tuple[int, int],
+) -> None:
+    images = pair(*size, seed=1)
+    want = expected(reference, images)
+    got = infer(grpc_client, tritonclient.grpc, images)
+    assert (got.dtype, got.shape) == (np.float32, want.shape)
+    error = end_point_error(got, want).mean()
+    assert error < 0.02 * np.linalg.norm(want, axis=-1).mean()
+
+
+def test_http_serves_what_grpc_serves(
+    server: triton.Triton, grpc_client: tritonclient.grpc.InferenceServerClient
+) -> None:
+    images = pair(75, 100, batch=2)
+    with tritonclient.http.InferenceServerClient(server.address.http) as client:
+        over_http = infer(client, tritonclient.http, images)
+    np.testing.assert_array_equal(over_http, infer(grpc_client, tritonclient.grpc, images))
+
+
+def test_batch_that_triton_forms_runs_as_one(
+    grpc_client: tritonclient.grpc.InferenceServerClient,
+) -> None:
+    """Concurrent requests of one shape share executions, and each gets its own flow."""
+    requests = [pair(64, 128, seed) for seed in range(12)]
+    alone = [infer(grpc_client, tritonclient.grpc, images) for images in requests]
+    before = counts(grpc_client)
+    # A large request keeps the only instance busy while the small ones gather.
+    with ThreadPoolExecutor(len(requests) + 1) as threads:
+        busy = threads.submit(infer, grpc_client, tritonclient.grpc, pair(512, 512, batch=4))
+        together = list(
+            threads.map(lambda images: infer(grpc_client, tritonclient.grpc, images), requests)
+        )
+        busy.result()
+    inferences, executions = (
+        now - then for now, then in zip(counts(grpc_client), before, strict=True)
+    )
+    assert inferences == len(requests) + 4
+    assert executions <= len(requests) // 2
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3 + 0.02 * np.abs(one).max())
+
+
+def counts(client: tritonclient.grpc.InferenceServerClient) -> tuple[int, int]:
+    (model,) = client.get_inference_statistics("flownet2").model_stats
+    return model.inference_count, model.execution_count
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (((64, 64), (64, 65)), "differ in size: 64x64 and 65x64"),
+        (((15, 64), (15, 64)), "images of 64x15 are too small: 16x16 at least"),
+        (((64, 15), (64, 15)), "images of 15x64 are too small"),
+    ],
+)
+def test_images_off_the_contract_are_refused(
+    grpc_client: tritonclient.grpc.InferenceServerClient,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    words: str,
+) -> None:
+    first, second = (np.zeros((1, *size, 3), np.uint8) for size in sizes)
+    with pytest.raises(tritonclient.grpc.InferenceServerException, match=words) as refused:
+        infer(grpc_client, tritonclient.grpc, (first, second))
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_bad_request_does_not_spoil_its_batch(
+    grpc_client: tritonclient.grpc.InferenceServerClient,
+) -> None:
+    good = pair(64, 64)
+    want = infer(grpc_client, tritonclient.grpc, good)
+    bad = (np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 64, 80, 3), np.uint8))
+    with ThreadPoolExecutor(9) as threads:
+        busy = threads.submit(infer, grpc_client, tritonclient.grpc, pair(512, 512))
+        refused = threads.submit(infer, grpc_client, tritonclient.grpc, bad)
+        flows = list(threads.map(lambda _: infer(grpc_client, tritonclient.grpc, good), range(6)))
+        busy.result()
+    assert isinstance(refused.exception(), tritonclient.grpc.InferenceServerException)
+    for flow in flows:
+        np.testing.assert_allclose(flow, want, atol=1e-3 + 0.02 * np.abs(want).max())
+
+
+def test_server_uses_the_configuration_written(
+    grpc_client: tritonclient.grpc.InferenceServerClient,
+) -> None:
+    config = grpc_client.get_model_config("flownet2").config
+    assert config.max_batch_size == 8
+    assert config.parameters["network"].string_value == NETWORK.name
