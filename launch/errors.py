@@ -31,3 +31,7 @@ class ModelMissing(LaunchError):
 
 class StartFailed(LaunchError):
     """A child ended, or was not ready in time."""
+
+
+class ImageIncomplete(LaunchError):
+    """A library that the container's image should hold does not load."""

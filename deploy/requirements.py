@@ -1,0 +1,22 @@
+"""`python requirements.py EXTRA…`: the requirements of extras in the pyproject.toml beside it.
+
+The Dockerfiles install a layer of packages from it before they copy the code, so that a change of
+code leaves that layer as it is. Standard library alone: it runs before anything is installed.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+
+def requirements(pyproject: Path, extras: list[str]) -> list[str]:
+    """Those of the project itself and of `extras`; KeyError for an extra that does not exist."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    found = list(project["dependencies"])
+    for extra in extras:
+        found += project["optional-dependencies"][extra]
+    return found
+
+
+if __name__ == "__main__":
+    print("\n".join(requirements(Path(__file__).with_name("pyproject.toml"), sys.argv[1:])))

@@ -1,0 +1,142 @@
+"""`python -m launch.container REPOSITORY MODELS…`: what the image of Triton runs.
+
+It puts the served repository together, builds TensorRT engines where there is a GPU, chooses the
+models' configuration, and then becomes tritonserver. Until that is ready nothing listens, so the
+probes of Triton and the gateway's `/readyz` fail while an engine is built.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from export.repository import ONNX_OP_LIBRARY
+from launch.errors import ImageIncomplete, LaunchError
+from launch.triton import Address, check_repository, options
+
+TENSORRT_PLUGIN = "libflownet2_tensorrt.so"  # found by the loader, as ONNX_OP_LIBRARY is
+CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"  # files of `<model>/configs/`
+
+
+def main(arguments: list[str]) -> int:
+    """Start tritonserver in this process; returns only when it cannot start."""
+    if len(arguments) < 2:
+        print("usage: python -m launch.container REPOSITORY MODELS…", file=sys.stderr)
+        return 2
+    # The first process of a container ignores signals that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    repository = Path(arguments[0])
+    try:
+        address = Address.from_environment()
+        models = assemble(repository, [Path(folder) for folder in arguments[1:]])
+        check_repository(repository)
+        configuration = choose_configuration(repository, models)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _say(f"serving {', '.join(models)} with the {configuration} configuration")
+    command = ["tritonserver", *options(repository, address, configuration)]
+    if configuration == TENSORRT:
+        command.append(f"--backend-config=tensorrt,plugins={TENSORRT_PLUGIN}")
+    sys.stdout.flush()
+    os.execvp(command[0], command)  # noqa: S606
+
+
+def assemble(repository: Path, sources: list[Path]) -> list[str]:
+    """Make `repository` hold the models of `sources`, by links; of two of one name the last.
+
+    The sources stay as they are, and may be read-only. What else is in a model's folder, such as
+    its engines, stays; folders of models that no source has any more are removed.
+
+    Returns:
+        The models' names.
+    """
+    models: dict[str, Path] = {}
+    for source in sources:
+        for config in sorted(source.glob("*/config.pbtxt")):
+            models[config.parent.name] = config.parent
+    repository.mkdir(parents=True, exist_ok=True)
+    for folder in repository.iterdir():
+        if folder.name not in models:
+            shutil.rmtree(folder)
+    for name, model in models.items():
+        for link in (repository / name).rglob("*"):
+            # Of an earlier start, maybe to another source; the engines' builder may link its own.
+            if link.is_symlink() and not link.resolve().is_relative_to(repository.resolve()):
+                link.unlink()
+        for file in model.rglob("*"):
+            if file.is_file():
+                link = repository / name / file.relative_to(model)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(file.absolute())
+    return sorted(models)
+
+
+def choose_configuration(repository: Path, models: list[str]) -> str:
+    """The fastest configuration that this machine can serve, after building what it needs.
+
+    Raises:
+        ImageIncomplete: there is a GPU, and the ONNX Runtime op does not load.
+    """
+    no_gpu = why_no_gpu()
+    if no_gpu:
+        _say(f"no GPU ({no_gpu})")
+        return CPU
+    trouble = why_not_loading(ONNX_OP_LIBRARY)
+    if trouble:
+        raise ImageIncomplete(f"{ONNX_OP_LIBRARY} does not load, build the image anew: {trouble}")
+    trouble = why_not_loading(TENSORRT_PLUGIN)
+    if trouble:  # Triton would log it, and then fail on the engine
+        _say(f"warning: TensorRT is not used: {TENSORRT_PLUGIN} does not load: {trouble}")
+        return ONNX
+    for name in models:
+        if not build_engine(repository, name):
+            _say(f"warning: TensorRT is not used: no engine for {name}, the reason stands above")
+            return ONNX
+    return TENSORRT
+
+
+def why_no_gpu() -> str | None:
+    """None where the CUDA driver sees a GPU, else what it says."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver in this container"
+    count = ctypes.c_int()
+    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if status:
+        return f"the CUDA driver answers with error {status}"
+    return None if count.value else "the CUDA driver sees none"
+
+
+def why_not_loading(library: str) -> str | None:
+    """None for a shared library that loads with all that it needs, else the loader's message."""
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def build_engine(repository: Path, name: str) -> bool:
+    """Build a model's engine for this GPU, unless a fitting one is there; False if it failed.
+
+    In a process of its own: TensorRT's memory is free again before Triton starts, and a crash of
+    the builder costs the engine alone.
+    """
+    _say(f"TensorRT engine of {name}")
+    command = [sys.executable, "-m", "export", "tensorrt"]
+    command += ["--repository", str(repository), "--name", name]
+    return subprocess.run(command, check=False).returncode == 0  # noqa: S603
+
+
+def _say(text: str) -> None:
+    print(f"start: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
