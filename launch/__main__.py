@@ -11,13 +11,11 @@ import sys
 import threading
 from pathlib import Path
 
-from launch import triton
+from launch import gateway, triton
 from launch.child import Child
 from launch.errors import LaunchError
 from launch.ports import check_free, port_from_environment
 
-GATEWAY_START_SECONDS = 60.0
-GATEWAY_STOP_SECONDS = 30.0  # it gives requests in flight 25 seconds
 PROJECT = Path(__file__).parent.parent
 
 
@@ -46,35 +44,27 @@ def main() -> int:
             },
         )
         repository = Path(os.environ.get("MODEL_REPOSITORY") or PROJECT / "model_repository")
-        with triton.serve(
-            repository, address=address, echo=lambda line: log("triton", line), stop=stop
-        ) as server:
-            gateway = Child(
-                "gateway",
-                [sys.executable, "-m", "gateway"],
-                _gateway_environment(server.address, port),
-                lambda line: log("gateway", line),
-            )
-            try:
-                if gateway.wait_until(
-                    lambda: triton.answers_ok(address.host, port, "/readyz"),
-                    GATEWAY_START_SECONDS,
-                    stop,
-                ):
-                    url = f"http://{triton.reachable(address.host)}:{port}"
-                    log("launch", f"ready on {url} - stop with Ctrl-C")
-                return _watch(server.child, gateway, stop)
-            finally:
-                gateway.stop(GATEWAY_STOP_SECONDS)
+        with (
+            triton.serve(
+                repository, address=address, echo=lambda line: log("triton", line), stop=stop
+            ) as server,
+            gateway.serve(
+                address, port, echo=lambda line: log("gateway", line), stop=stop
+            ) as service,
+        ):
+            if not stop.is_set():
+                url = f"http://{triton.reachable(address.host)}:{port}"
+                log("launch", f"ready on {url} - stop with Ctrl-C")
+            return _watch((server.child, service), stop)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _watch(server: Child, gateway: Child, stop: threading.Event) -> int:
+def _watch(children: tuple[Child, ...], stop: threading.Event) -> int:
     """Wait for a signal (0), or for one of the two to end by itself (1)."""
     while not stop.wait(0.2):
-        for child in (server, gateway):
+        for child in children:
             if child.exit_status() is not None:
                 print(
                     f"error: {child.name} ended by itself with exit status {child.exit_status()}",
@@ -82,19 +72,6 @@ def _watch(server: Child, gateway: Child, stop: threading.Event) -> int:
                 )
                 return 1
     return 0
-
-
-def _gateway_environment(address: triton.Address, port: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(PROJECT), os.environ.get("PYTHONPATH", "")))
-        ),
-        "PYTHONUNBUFFERED": "1",
-        "HOST": address.host,
-        "PORT": str(port),
-        "TRITON_ENDPOINTS": f"{triton.reachable(address.host)}:{address.grpc_port}",
-    }
 
 
 if __name__ == "__main__":
