@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from export import tensorrt
-from export.networks import NETWORKS
-from export.onnx_export import export_onnx
 from export.repository import write_model
-from export.weights import WeightsError, load_weights
+
+# PyTorch is imported where it is used: where engines are built there is none.
 
 
 def main(arguments: list[str]) -> int:
@@ -25,6 +24,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from export.networks import NETWORKS  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Export a FlowNet2 network with its weights as a Triton model. "
@@ -53,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from export.networks import NETWORKS  # noqa: PLC0415
+    from export.onnx_export import export_onnx  # noqa: PLC0415
+    from export.weights import WeightsError, load_weights  # noqa: PLC0415
+
     if Path(options.name).name != options.name or options.name.startswith("."):
         print(f"error: --name {options.name!r} is not a folder name", file=sys.stderr)
         return 2

@@ -100,6 +100,8 @@ def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx
     graph = _export(
         _BandedCorrelation(numbers), features, (shape, shape), ["a", "b"], ["volume"]
     ).graph
+    for node in graph.node:  # TensorRT warns of names that the network has too
+        node.name = f"Correlation/{node.name}"
     constants = [
         helper.make_node("Constant", [], [tensor.name], value=tensor)
         for tensor in graph.initializer

@@ -50,9 +50,9 @@ def write_model(
     folder = repository / name
     for sub in ("1", "configs"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / "1" / "model.onnx") as new:
+    with replacing(folder / "1" / "model.onnx") as new:
         onnx.save(model, new)
-    with _replacing(folder / "1" / "model.py") as new:
+    with replacing(folder / "1" / "model.py") as new:
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), new)
     write_configurations(folder, description)
     return folder
@@ -67,7 +67,7 @@ def write_configurations(folder: Path, description: Mapping[str, str]) -> None:
         if configuration == DEFAULT_CONFIGURATION:
             targets.append(folder / "config.pbtxt")
         for target in targets:
-            with _replacing(target) as new:
+            with replacing(target) as new:
                 new.write_text(text, encoding="utf-8")
 
 
@@ -97,8 +97,11 @@ def model_config(name: str, configuration: str, description: Mapping[str, str]) 
         config.backend = "tensorrt"
         config.platform = "tensorrt_plan"
         config.default_model_filename = "model.plan"
-        # Profile 0: the usual size, every batch size; profile 1: any size.
+        # Profile 0: the usual size, every batch size; profile 1: any size. Each takes the memory
+        # that it needs; by default, each takes what the hungriest needs.
         config.instance_group[0].profile.extend(["0", "1"])
+        allocation = config.parameters["execution_context_allocation_strategy"]
+        allocation.string_value = "ON_PROFILE_CHANGE"
         config.optimization.cuda.graphs = True
         for batch_size in range(1, MAX_BATCH_SIZE + 1):
             graph = config.optimization.cuda.graph_spec.add(batch_size=batch_size)
@@ -142,7 +145,7 @@ def _warm_up(config: pb.ModelConfig, batch_sizes: Iterable[int]) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A path to write to, which then takes the target's place at once."""
     new = target.with_name(f".{target.name}.new")
     try:
