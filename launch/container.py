@@ -13,11 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from export import tensorrt
 from export.repository import ONNX_OP_LIBRARY
 from launch.errors import ImageIncomplete, LaunchError
 from launch.triton import Address, check_repository, options
 
-TENSORRT_PLUGIN = "libflownet2_tensorrt.so"  # found by the loader, as ONNX_OP_LIBRARY is
 CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"  # files of `<model>/configs/`
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     _say(f"serving {', '.join(models)} with the {configuration} configuration")
     command = ["tritonserver", *options(repository, address, configuration)]
     if configuration == TENSORRT:
-        command.append(f"--backend-config=tensorrt,plugins={TENSORRT_PLUGIN}")
+        command.append(f"--backend-config=tensorrt,plugins={tensorrt.PLUGIN}")
     sys.stdout.flush()
     os.execvp(command[0], command)  # noqa: S606
 
@@ -82,35 +82,23 @@ def choose_configuration(repository: Path, models: list[str]) -> str:
     Raises:
         ImageIncomplete: there is a GPU, and the ONNX Runtime op does not load.
     """
-    no_gpu = why_no_gpu()
-    if no_gpu:
-        _say(f"no GPU ({no_gpu})")
+    try:
+        _say(f"GPU: {tensorrt.find_gpu().name}")
+    except tensorrt.NoGpu as error:
+        _say(str(error))
         return CPU
     trouble = why_not_loading(ONNX_OP_LIBRARY)
     if trouble:
         raise ImageIncomplete(f"{ONNX_OP_LIBRARY} does not load, build the image anew: {trouble}")
-    trouble = why_not_loading(TENSORRT_PLUGIN)
+    trouble = why_not_loading(tensorrt.PLUGIN)
     if trouble:  # Triton would log it, and then fail on the engine
-        _say(f"warning: TensorRT is not used: {TENSORRT_PLUGIN} does not load: {trouble}")
+        _say(f"warning: TensorRT is not used: {tensorrt.PLUGIN} does not load: {trouble}")
         return ONNX
     for name in models:
         if not build_engine(repository, name):
             _say(f"warning: TensorRT is not used: no engine for {name}, the reason stands above")
             return ONNX
     return TENSORRT
-
-
-def why_no_gpu() -> str | None:
-    """None where the CUDA driver sees a GPU, else what it says."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no CUDA driver in this container"
-    count = ctypes.c_int()
-    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    if status:
-        return f"the CUDA driver answers with error {status}"
-    return None if count.value else "the CUDA driver sees none"
 
 
 def why_not_loading(library: str) -> str | None:
