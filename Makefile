@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 REPOSITORY := model_repository
 
-.PHONY: serve test lint bench soak up model weights openapi clean help
+.PHONY: help serve test lint bench soak up model lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -40,15 +40,23 @@ $(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipp
 # An environment is made anew when what it installs has changed.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[serve]'
+	$(PIP_INSTALL) --no-deps nvidia-pytriton
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps nvidia-pytriton
 	@touch $@ $(VENV)/.serve
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+lock: $(VENV)/.dev ## pin what is installed
+	{ echo "# Versions that were tested together; made by \`make lock\`."; \
+	  $(BIN)/python -m pip freeze --exclude-editable \
+	  | sed -E 's/\+cpu$$//; s/^numpy==(.*)$$/numpy==\1; python_version < "3.13"\nnumpy==2.5.5; python_version >= "3.13"/'; \
+	} > constraints.txt
 
 clean: ## remove what was built
 	rm -rf $(VENV) build runs $(REPOSITORY)/*/1
