@@ -164,6 +164,11 @@ def check_repository(repository: Path) -> None:
         )
 
 
+def wheel_libraries() -> Path:
+    """Folder of the shared libraries that the wheel brings for tritonserver."""
+    return _wheel().parent.parent / "nvidia_pytriton.libs"
+
+
 def _wheel() -> Path:
     """Folder of the wheel that holds the server, its backends and stubs."""
     package = importlib.util.find_spec("pytriton")
@@ -182,7 +187,7 @@ def _environment(wheel: Path) -> dict[str, str]:
     libraries of the wheel and of the running Python before those of the system."""
     packages = wheel.parent.parent
     libraries = [
-        str(packages / "nvidia_pytriton.libs"),
+        str(wheel_libraries()),
         str(sysconfig.get_config_var("LIBDIR") or ""),
         os.environ.get("LD_LIBRARY_PATH", ""),
     ]

@@ -1,0 +1,71 @@
+"""`make bench`: all benchmarks, as Markdown on standard output.
+
+`python -m benchmarks --write` also keeps them in benchmarks/RESULTS.md. It takes some minutes.
+"""
+
+import argparse
+import datetime
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tritonclient import grpc
+
+from benchmarks import accuracy, engines, web
+from benchmarks.perf_analyzer import CONCURRENCIES, ROUNDS, PerfAnalyzer, Unavailable
+from benchmarks.report import machine
+from launch import triton
+from launch.errors import LaunchError
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+REPOSITORY = Path(__file__).parent.parent / "model_repository"
+LOAD_SECONDS = 8.0
+
+
+def main() -> int:
+    """Run the benchmarks; 1 when the servers cannot be started."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="keep the tables in RESULTS.md")
+    options = parser.parse_args()
+    parts = []
+    try:
+        for part in sections():
+            print(part, flush=True)
+            parts.append(part)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.write:
+        RESULTS.write_text("\n".join(parts), encoding="utf-8")
+    return 0
+
+
+def sections() -> Iterator[str]:
+    """The parts of the report, each when it is measured."""
+    yield f"# Benchmarks\n\n{datetime.date.today()}, {machine()}.\n"
+    yield f"## The biggest network\n\n{engines.compare()}"
+    with triton.serve(REPOSITORY) as server:
+        address = server.address
+        network = served_network(address)
+        yield f"## Accuracy of the shipped {network}\n\n{accuracy.compare(address, network)}"
+        yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
+        yield f"## The web layer under load\n\n{web.compare(address, LOAD_SECONDS)}"
+
+
+def served_network(address: triton.Address) -> str:
+    """Which network a Triton's ``flownet2`` is."""
+    with grpc.InferenceServerClient(address.grpc) as client:
+        config = client.get_model_config("flownet2").config
+    return str(config.parameters["network"].string_value)
+
+
+def perf_analyzer_table(address: triton.Address) -> str:
+    """perf_analyzer's figures, or why there are none."""
+    try:
+        return PerfAnalyzer().measure(address, CONCURRENCIES, ROUNDS)
+    except Unavailable as error:
+        return f"Not measured: {error}.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

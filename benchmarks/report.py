@@ -1,0 +1,36 @@
+"""Markdown for the results, and the machine they are of."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.triton_model import available_cores, has_bfloat16
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers, aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def machine() -> str:
+    """CPU, cores and system of this machine, in a line."""
+    facts = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    cpu = facts.get("model name", platform.machine())
+    if "cpu family" in facts:
+        cpu += f" (family {facts['cpu family']}, model {facts['model']})"
+    return (
+        f"{cpu}, {available_cores()} cores, "
+        f"{'with' if has_bfloat16() else 'without'} bfloat16 arithmetic, "
+        f"load {os.getloadavg()[0]:.1f} at the start, Python {platform.python_version()}"
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds with three digits that count."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
