@@ -110,6 +110,8 @@ def _parse_json(body: bytearray) -> dict[str, bytes]:
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if "memory" in error.msg:
+            raise MemoryError from None
         raise BadJson(
             f"The body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})."
         ) from None

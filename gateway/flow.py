@@ -1,6 +1,7 @@
 """`POST /estimate_flow/`: two images in, their optical flow out."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,14 +33,13 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 SCALE_HEADERS = ("X-Scale-X-Back-Factor", "X-Scale-Y-Back-Factor")
 
 SEND_BYTES = 256 * 1024
-STALL_SECONDS = 30.0
 
 T = TypeVar("T")
 
 
-class PatientResponse(Response):
-    """Sends its content in pieces, so that what a slow client has not read stays here, counted,
-    and gives up on a client that reads nothing for a while."""
+class PiecewiseResponse(Response):
+    """Sends its content in pieces, each when the one before is on its way, so that what a slow
+    client has not read yet stays here, and the request stays counted."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
@@ -48,11 +48,7 @@ class PatientResponse(Response):
         )
         for start in range(0, len(self.body), SEND_BYTES):
             piece = bytes(self.body[start : start + SEND_BYTES])
-            try:
-                async with asyncio.timeout(STALL_SECONDS):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-            except TimeoutError:
-                raise ClientGone("The client stopped reading the answer.") from None
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -94,24 +90,17 @@ class FlowService:
         deadline = loop.time() + self._timeout(request)
         self.cluster.require(model, self.settings.default_model)
         with self.admission.reserve() as reservation:
-            content = await self._read(request, context, reservation, deadline)
-            answer = await self._until(
+            job = Job(
+                await self._read(request, context, reservation, deadline),
+                request.headers.get("content-type", ""),
+                model,
+                native,
+                form,
+                encoding if form.compressible else None,
                 deadline,
-                request.receive,
-                self._infer(
-                    Job(
-                        content,
-                        request.headers.get("content-type", ""),
-                        model,
-                        native,
-                        form,
-                        encoding if form.compressible else None,
-                        deadline,
-                    ),
-                    reservation,
-                    context,
-                ),
             )
+            work = self._infer(job, reservation, context)
+            answer = await self._until(deadline, request.receive, work)
         self.metrics.answer_bytes.observe(len(answer.content))
         headers = {
             SCALE_HEADERS[0]: repr(answer.scale_x),
@@ -119,7 +108,7 @@ class FlowService:
             "Vary": "Accept, Accept-Encoding",
             **({"Content-Encoding": answer.encoding} if answer.encoding else {}),
         }
-        return PatientResponse(answer.content, 200, headers, form.media_type)
+        return PiecewiseResponse(answer.content, 200, headers, form.media_type)
 
     def _timeout(self, request: Request) -> float:
         header = request.headers.get(TIMEOUT_HEADER)
@@ -171,20 +160,14 @@ class FlowService:
 
     async def _infer(self, job: "Job", reservation: Reservation, context: Context) -> Answer:
         run = self._run
-        with context.stage("decode"):
-            pair = await run(job.open, self.settings)
-        first = next(iter(pair.values()))
-        self.metrics.image_pixels.observe(first.width * first.height)
-        size = images.working_bytes(first, job.native)
-        queued = asyncio.get_running_loop().time()
-        async with self.admission.in_flight(size):
-            context.stages["queue"] = asyncio.get_running_loop().time() - queued
-            with context.stage("decode"):
-                loaded = await run(job.decode, pair)
-            pair.clear()
+        pair = await run(job.open, self.settings, context)
+        size = next(iter(pair.values())).size
+        self.metrics.image_pixels.observe(size[0] * size[1])
+        queued = time.perf_counter()
+        async with self.admission.in_flight(images.working_bytes(pair, job.native)):
+            context.stages["queue"] = time.perf_counter() - queued
+            image1, image2 = await run(job.prepare, pair, context)
             reservation.release()
-            with context.stage("resize"):
-                image1, image2 = await run(job.resize, loaded)
             with context.stage("infer"):
                 flow = await self.cluster.infer(
                     job.model,
@@ -195,7 +178,7 @@ class FlowService:
                     headers=context.trace_headers,
                 )
             with context.stage("encode"):
-                return await run(job.encode, flow, first.size)
+                return await run(job.encode, flow, size)
 
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
@@ -213,23 +196,27 @@ class Job:
     encoding: str | None
     deadline: float
 
-    def open(self, settings: Settings) -> dict[str, Image.Image]:
+    def open(self, settings: Settings, context: Context) -> dict[str, Image.Image]:
         """Parse the body and the images' headers; the body is let go."""
         content, self.content = self.content, bytearray()
-        files = body.parse(content, self.content_type)
-        pair = images.open_pair(files, settings.image_formats, settings.max_image_pixels)
+        with context.stage("decode"):
+            files = body.parse(content, self.content_type)
+            pair = images.open_pair(files, settings.image_formats, settings.max_image_pixels)
         if self.native:
             for field, image in pair.items():
                 images.check_native(image, field, settings.max_native_pixels)
         return pair
 
-    def decode(self, pair: dict[str, Image.Image]) -> list[Image.Image]:
-        """Decode the pixels."""
-        return [images.load(image, field) for field, image in pair.items()]
-
-    def resize(self, pair: list[Image.Image]) -> list[images.Pixels]:
-        """Make the pixels what the model takes."""
-        return [images.to_rgb(image, self.native) for image in pair]
+    def prepare(self, pair: dict[str, Image.Image], context: Context) -> list[images.Pixels]:
+        """Make the images what the model takes, one after the other, each let go in between."""
+        prepared = []
+        for field in list(pair):
+            with context.stage("decode"):
+                image = images.load(pair.pop(field), field)
+            with context.stage("resize"):
+                prepared.append(images.to_rgb(image, self.native))
+            del image
+        return prepared
 
     def encode(self, flow: Flow, size: tuple[int, int]) -> Answer:
         """Scale the flow back to the images' own pixels, and encode it."""

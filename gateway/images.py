@@ -154,11 +154,18 @@ def check_native(image: Image.Image, field: str, max_pixels: int) -> None:
         )
 
 
-def working_bytes(image: Image.Image, native: bool) -> int:
-    """Memory that a request takes from decoding to its answer, roughly and from above."""
-    pixels = image.width * image.height
-    decoded = pixels * _BYTES_PER_PIXEL.get(image.format or "", 4)
-    return max(decoded, pixels * _NATIVE_BYTES_PER_PIXEL if native else 0)
+def working_bytes(pair: Mapping[str, Image.Image], native: bool) -> int:
+    """Memory that a request takes from decoding to its answer, roughly and from above.
+
+    Images that are resized are decoded one after the other.
+    """
+    sizes = [
+        image.width
+        * image.height
+        * max(_BYTES_PER_PIXEL.get(image.format or "", 4), _NATIVE_BYTES_PER_PIXEL if native else 0)
+        for image in pair.values()
+    ]
+    return max(sizes)
 
 
 def load(image: Image.Image, field: str) -> Image.Image:

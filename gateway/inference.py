@@ -29,7 +29,7 @@ OUTPUTS = {"flow": ("FP32", [-1, -1, -1, 2])}
 
 POLL_SECONDS = 0.5
 RESOLVE_SECONDS = 5.0
-PATIENCE_SECONDS = 3.0
+PATIENCE_SECONDS = 10.0
 """A Triton that computes on all cores may answer late; one that is gone refuses at once."""
 
 _MESSAGE_LIMIT = 2**31 - 1

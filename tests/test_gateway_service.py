@@ -1,8 +1,11 @@
 """The running gateway in front of a real Triton: answers, errors, limits, probes, and its end."""
 
+import contextlib
 import gzip
+import http.client
 import io
 import json
+import resource
 import signal
 import socket
 import struct
@@ -243,7 +246,8 @@ class TestErrors:
         check_problem(gateway.client.post(PATH, content=endless()), 413, "body-too-large")
         with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
             line.sendall(
-                b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\n\r\n"
+                b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\n"
+                b"Content-Length: 99999999999999999999\r\n\r\n"
             )
             assert b" 413 " in line.recv(4096)
 
@@ -455,6 +459,25 @@ class TestOtherSettings:
             wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
             assert gateway.client.post(PATH, json=BODY).status_code == 200
 
+    def test_slow_readers_are_counted(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """An answer of 20 MB that nobody reads keeps its place until the client goes away."""
+        large = encoded(Image.new("RGB", (1024, 1024)))
+        content = json.dumps(as_json(large, large)).encode()
+        with run_gateway(closed_form_triton.address.grpc, tmp_path / "log") as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            with socket.socket() as line:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                line.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+                line.sendall(
+                    b"POST /estimate_flow/?size=native HTTP/1.1\r\nHost: a\r\n"
+                    b"Content-Length: %d\r\n\r\n" % len(content) + content
+                )
+                assert line.recv(100).startswith(b"HTTP/1.1 200")
+                assert "flownet2_admitted 1.0" in gateway.client.get("/metrics").text
+            wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
+
     @pytest.mark.parametrize(
         ("variable", "value"),
         [
@@ -469,6 +492,40 @@ class TestOtherSettings:
         gateway.client.close()
         assert gateway.process.wait(60) == 2
         assert variable.removeprefix("GATEWAY_").lower() in (tmp_path / "log").read_text().lower()
+
+
+class TestMemory:
+    def test_many_large_bodies_within_1_gib(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """200 clients post 20 MB each to a process that may have 1 GiB of address space."""
+        noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
+        image = encoded(Image.fromarray(noise), compress_level=0)
+        content = json.dumps(as_json(image, image)).encode()
+        assert len(content) > 20e6
+        outcomes: list[str] = []
+        with run_gateway(closed_form_triton.address.grpc, tmp_path / "log") as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            resource.prlimit(gateway.process.pid, resource.RLIMIT_AS, (2**30, 2**30))
+
+            def post() -> None:
+                line = http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=300)
+                headers = {"Accept": "application/x-npy", "X-Request-Timeout": "120"}
+                with contextlib.closing(line):
+                    line.request("POST", PATH, content, headers)
+                    answer = line.getresponse()
+                    data = answer.read()
+                ok = answer.status == 200 and len(data) > 2**21
+                outcomes.append("ok" if ok else json.loads(data)["type"].rpartition(":")[2])
+
+            clients = [threading.Thread(target=post) for _ in range(200)]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+            assert len(outcomes) == 200
+            assert set(outcomes) == {"ok", "overloaded"}
+            assert gateway.client.post(PATH, json=BODY).status_code == 200
 
 
 class TestLife:
