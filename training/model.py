@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from export.networks import Conv, FlowNet2, FlowNetC
 from training.cost import RADIUS, cost_volume
 
+SPEED = 20.0
+
 
 def displacement_basis() -> Tensor:
     """[K, 441] smooth functions of the displacement: single steps near zero, wider bumps farther
@@ -59,7 +61,9 @@ class TrainingC(nn.Module):
         plain.requires_grad_(False)
         self.redirected = plain.in_channels - 441
         self.factor = Conv(self.redirected + len(self.basis), plain.out_channels)
-        self.temperature = nn.Parameter(torch.tensor(math.log(20.0)))
+        # Logarithm of the factor between correlations and logits, and the logit of "no match";
+        # in units of SPEED, so that they move that much faster than the weights.
+        self.log_factor = nn.Parameter(torch.tensor(math.log(20.0) / SPEED))
         self.nothing = nn.Parameter(torch.zeros(1))
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -69,9 +73,9 @@ class TrainingC(nn.Module):
         first = {name: feature[:count] for name, feature in both.items()}
         return first, cost_volume(first["conv3"], both["conv3"][count:])
 
-    def logits(self, cost: Tensor) -> Tensor:
-        """The cost volume as logits of the matching loss."""
-        return cost.float() * self.temperature.exp()
+    def logits(self, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """The cost volume as logits of the matching loss, and the logit of "no match"."""
+        return cost.float() * (SPEED * self.log_factor).exp(), SPEED * self.nothing
 
     def decode(self, features: dict[str, Tensor], cost: Tensor) -> list[Tensor]:
         """Predictions of levels 6 to 2 from what :meth:`features` gives."""
@@ -87,12 +91,12 @@ class TrainingC(nn.Module):
     def fold_temperature(self, peak: float = 3.0) -> None:
         """Scale the features so that correlations are logits / `peak`: of order one, not 1/20."""
         with torch.no_grad():
-            scale = self.temperature.exp() / peak
+            scale = (SPEED * self.log_factor).exp() / peak
             conv3 = self.block.stem["conv3"]
             assert isinstance(conv3, Conv) and conv3.bias is not None
             conv3.weight *= scale.sqrt()
             conv3.bias *= scale.sqrt()
-            self.temperature.fill_(math.log(peak))
+            self.log_factor.fill_(math.log(peak) / SPEED)
 
     def fold(self) -> None:
         """Write the plain conv3_1 of the block from basis and factor."""

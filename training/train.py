@@ -39,10 +39,9 @@ from training.workers import Workers
 
 PIECE_BYTES = 15_000_000
 VALIDATION_SEED = 1 << 40  # far from the seeds of training scenes
-SAMPLE_SEED = 1 << 41
 EMA_DECAY = 0.998  # a step
 EMA_EVERY = 4  # steps between updates of the average
-MATCHING_WEIGHT = 0.1  # of the matching loss beside the flow loss, falling to zero half-way
+MATCHING_WEIGHT = 0.3  # of the matching loss beside the flow loss, falling to zero half-way
 
 
 class UnsupportedNetworkError(ValueError):
@@ -354,10 +353,7 @@ class Trainer:
         started = time.monotonic() - self.elapsed
         shown = 0.0
         while self.total_progress < 1.0:
-            if self.progress >= 1.0 and self.part_index + 1 < len(self.parts):
-                self.finish_part()
-                self.part_index += 1
-                self.begin_part()
+            self.begin_due_part()
             loss, epe = self.train_step(time.monotonic() - started)
             self.log.append((loss, epe))
             if self.elapsed - shown > self.arguments.log_seconds or self.total_progress >= 1.0:
@@ -372,8 +368,15 @@ class Trainer:
             self.write_validation()
         self.checkpoint()
 
-    def finish_part(self) -> None:
-        """Leave the averaged weights in the model."""
+    def begin_due_part(self) -> None:
+        """At the end of a part, leave its averaged weights in the model and begin the next."""
+        if self.progress >= 1.0 and self.part_index + 1 < len(self.parts):
+            self.settle()
+            self.part_index += 1
+            self.begin_part()
+
+    def settle(self) -> None:
+        """Put the averaged weights into the model, as the plain network reads them."""
         with torch.no_grad():
             for name, parameter in self.trainee.named_parameters():
                 parameter.copy_(self.ema[name])
@@ -400,8 +403,8 @@ class Trainer:
         if cost is not None and weight > 0:
             module = self.trainee.module
             assert isinstance(module, TrainingC)
-            logits = module.logits(cost)
-            loss = loss + weight * matching_loss(logits, batch.flow, batch.occluded, module.nothing)
+            logits, nothing = module.logits(cost)
+            loss = loss + weight * matching_loss(logits, batch.flow, batch.occluded, nothing)
         epe = loss.detach()
         if predictions is not None:
             loss = loss + multiscale_loss(predictions, batch.flow, self.trainee.scale)

@@ -1,0 +1,105 @@
+"""The evaluation against closed-form errors on folders that the tests write."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from gateway.encoding import to_flo, to_kitti
+from training.evaluate import evaluate, opencv_methods, picture, score, table
+from training.pairs import PairError, read_pair, read_pairs
+
+HEIGHT, WIDTH = 48, 64
+
+
+def write_pair(folder: Path, flow: np.ndarray, kitti: bool = False) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for frame in range(2):
+        pixels = random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"frame{frame}.png")
+    if kitti:
+        (folder / "gt.png").write_bytes(to_kitti(flow))
+    else:
+        (folder / "gt.flo").write_bytes(to_flo(flow))
+
+
+def constant(u: float, v: float) -> np.ndarray:
+    return np.broadcast_to(np.array([u, v], np.float32), (HEIGHT, WIDTH, 2)).copy()
+
+
+def test_errors_of_zero_flow_are_the_lengths_of_the_true_flows(tmp_path: Path) -> None:
+    write_pair(tmp_path / "flo_a", constant(3, -4))
+    write_pair(tmp_path / "flo_b", constant(0.6, 0.8))
+    write_pair(tmp_path / "kitti_a", constant(-30, 40), kitti=True)
+    pairs = list(read_pairs(tmp_path))
+    scores = evaluate(pairs, {"zero flow": opencv_methods()["zero flow"]})["zero flow"]
+    assert scores["flo_a"].epe == pytest.approx(5)
+    assert scores["flo_b"].epe == pytest.approx(1)
+    assert scores["kitti_a"].epe == pytest.approx(50)
+    assert [scores[pair.name].bad for pair in pairs] == [1, 0, 1]
+    lines = table(pairs, {"zero flow": scores}).splitlines()
+    assert "| **flo, mean of 2** | 3.00 |" in lines
+    assert "| **all, mean of 3** | 18.67 |" in lines
+    assert "| pixels off by more than 3, % | 66.7 |" in lines
+
+
+def test_unknown_and_invalid_pixels_do_not_count(tmp_path: Path) -> None:
+    flow = constant(3, -4)
+    flow[:10] = 1e10
+    write_pair(tmp_path / "sintel", flow)
+    invalid = np.zeros((HEIGHT, WIDTH), np.uint8)
+    invalid[:, :20] = 255
+    Image.fromarray(invalid).save(tmp_path / "sintel" / "invalid.png")
+    pair = read_pair(tmp_path / "sintel")
+    assert pair.valid.sum() == (HEIGHT - 10) * (WIDTH - 20)
+    estimate = constant(3, -4)
+    estimate[:10] = estimate[:, :20] = 77
+    assert score(estimate, pair).epe == 0
+
+
+def test_kitti_pixels_without_truth_do_not_count(tmp_path: Path) -> None:
+    flow = constant(1, 2)
+    flow[0, 0] = 9999  # beyond the format, hence written as invalid
+    write_pair(tmp_path / "kitti", flow, kitti=True)
+    pair = read_pair(tmp_path / "kitti")
+    assert not pair.valid[0, 0]
+    assert score(constant(1, 2), pair).epe == 0
+
+
+def test_opencv_methods_find_a_shift(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    noise = random.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    scene = cv2.GaussianBlur(noise, (0, 0), 2.0)
+    scene = cv2.normalize(scene, None, 0, 255, cv2.NORM_MINMAX)
+    first, second = scene[10:106, 10:138].copy(), scene[8:104, 7:135].copy()
+    for name, method in opencv_methods().items():
+        flow = method(first, second)
+        assert flow.shape == (96, 128, 2)
+        if name != "zero flow":
+            np.testing.assert_allclose(np.median(flow, axis=(0, 1)), [3, 2], atol=0.3)
+
+
+def test_pictures_stand_side_by_side(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a", constant(3, -4))
+    pair = read_pair(tmp_path / "a")
+    shown = picture(pair, {"truth": lambda first, second: pair.flow})
+    assert shown.shape == (HEIGHT, 3 * WIDTH, 3)
+    np.testing.assert_array_equal(shown[:, WIDTH : 2 * WIDTH], shown[:, 2 * WIDTH :])
+
+
+def test_folders_that_are_no_pairs_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(PairError, match="no folders"):
+        list(read_pairs(tmp_path))
+    write_pair(tmp_path / "a", constant(1, 1))
+    (tmp_path / "a" / "gt.flo").write_bytes(b"PIEH" + bytes(20))
+    with pytest.raises(PairError, match="cut short"):
+        read_pair(tmp_path / "a")
+    (tmp_path / "a" / "gt.flo").unlink()
+    with pytest.raises(PairError, match="neither"):
+        read_pair(tmp_path / "a")
+    (tmp_path / "a" / "frame1.png").unlink()
+    with pytest.raises(PairError, match="frame1"):
+        read_pair(tmp_path / "a")

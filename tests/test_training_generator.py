@@ -1,0 +1,104 @@
+"""The generator against what its images show: flow, occlusion and seeds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training.generator import Scenes, Textures, load_textures, render
+
+HEIGHT, WIDTH = 96, 128
+
+
+@pytest.fixture(scope="module")
+def textures() -> Textures:
+    return load_textures(None)
+
+
+@pytest.fixture(scope="module")
+def smooth(textures: Textures) -> Textures:
+    """Procedural textures without sharp detail, so that interpolation errs little."""
+    photos = F.interpolate(
+        F.interpolate(textures.photos.float(), size=(40, 40), mode="area"),
+        size=textures.photos.shape[2:],
+        mode="bicubic",
+    )
+    return Textures(photos.clamp(0, 255).to(torch.uint8), textures.cutouts, textures.masks)
+
+
+def warp_back(scenes: Scenes) -> torch.Tensor:
+    """Frame 1 sampled where the flow says that each pixel of frame 0 went."""
+    y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    grid = torch.stack(
+        [
+            (x + scenes.flow[:, 0] + 0.5) / WIDTH * 2 - 1,
+            (y + scenes.flow[:, 1] + 0.5) / HEIGHT * 2 - 1,
+        ],
+        -1,
+    )
+    return F.grid_sample(scenes.frames[1].float(), grid, align_corners=False)
+
+
+def away_from_edges(mask: torch.Tensor) -> torch.Tensor:
+    """The mask without a border of two pixels, where layers are blended."""
+    blocked = F.max_pool2d((~mask).float()[:, None], 5, stride=1, padding=2)[:, 0]
+    return blocked == 0
+
+
+def test_frame_1_warped_back_by_the_flow_is_frame_0_where_nothing_hides_it(smooth: Textures) -> None:
+    scenes = render(5, 4, HEIGHT, WIDTH, smooth, blur=False)
+    error = (warp_back(scenes) - scenes.frames[0].float()).abs().amax(dim=1)
+    visible = away_from_edges(~scenes.occluded)
+    assert visible.float().mean() > 0.5
+    # Two roundings to uint8 and one bilinear interpolation of a smooth texture.
+    # (Small stamps keep their detail, hence the tail.)
+    assert error[visible].mean() < 1.0
+    assert error[visible].quantile(0.95) < 3.0
+
+
+def test_a_flow_that_is_off_by_half_a_pixel_is_noticed(smooth: Textures) -> None:
+    scenes = render(5, 4, HEIGHT, WIDTH, smooth, blur=False)
+    shifted = Scenes(scenes.frames, scenes.flow + 0.5, scenes.occluded)
+    visible = away_from_edges(~scenes.occluded)
+    right = (warp_back(scenes) - scenes.frames[0].float()).abs().amax(dim=1)[visible].mean()
+    wrong = (warp_back(shifted) - scenes.frames[0].float()).abs().amax(dim=1)[visible].mean()
+    assert wrong > 2 * right
+
+
+def test_what_leaves_the_image_is_occluded_and_hidden_pixels_look_different(textures: Textures) -> None:
+    scenes = render(6, 4, HEIGHT, WIDTH, textures, blur=False)
+    x = torch.arange(WIDTH) + scenes.flow[:, 0]
+    y = torch.arange(HEIGHT)[:, None] + scenes.flow[:, 1]
+    outside = (x < -1) | (y < -1) | (x > WIDTH) | (y > HEIGHT)
+    assert scenes.occluded[outside].all()
+    hidden = scenes.occluded & ~outside
+    error = (warp_back(scenes) - scenes.frames[0].float()).abs().mean(dim=1)
+    assert hidden.any()
+    assert error[hidden].mean() > 5 * error[~scenes.occluded].mean()
+
+
+def test_a_seed_gives_the_same_scenes_again_and_another_seed_others(textures: Textures) -> None:
+    first = render(7, 2, 64, 64, textures)
+    again = render(7, 2, 64, 64, textures)
+    other = render(8, 2, 64, 64, textures)
+    assert torch.equal(first.frames, again.frames)
+    assert torch.equal(first.flow, again.flow)
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_small_motions_and_a_long_tail(textures: Textures) -> None:
+    lengths = torch.cat(
+        [render(seed, 8, 64, 96, textures).flow.norm(dim=1).flatten() for seed in range(8)]
+    )
+    assert 2 < lengths.median() < 15
+    assert lengths.max() > 80
+    small = render(3, 8, 64, 96, textures, displacement=0.1).flow.norm(dim=1)
+    assert small.median() < 2
+
+
+def test_motion_blur_keeps_the_flow(smooth: Textures) -> None:
+    sharp = render(9, 2, HEIGHT, WIDTH, smooth, blur=False)
+    blurred = render(9, 2, HEIGHT, WIDTH, smooth, blur=True)
+    assert torch.equal(sharp.flow, blurred.flow)
+    assert not torch.equal(sharp.frames, blurred.frames)
+    error = (warp_back(blurred) - blurred.frames[0].float()).abs().amax(dim=1)
+    assert error[away_from_edges(~blurred.occluded)].median() < 4.0

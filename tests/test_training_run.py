@@ -1,0 +1,146 @@
+"""Losses against closed forms, the factored network against the plain one, and short runs."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.networks import NETWORKS, FlowNet2
+from export.operators import correlation
+from training.cost import cost_volume
+from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
+from training.model import TrainingC
+from training.ship import finished_model
+from training.train import (
+    ResumeError,
+    Trainer,
+    UnsupportedNetworkError,
+    load_checkpoint,
+    parse,
+    parts_of,
+    save_checkpoint,
+)
+
+SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--exact", "--device", "cpu"]
+
+
+def trainer(folder: Path, *options: str) -> Trainer:
+    return Trainer(parse([*SMALL, "--validation", "1", "--out", str(folder), *options]))
+
+
+def test_the_cost_volume_is_the_exported_correlation_and_so_are_its_gradients() -> None:
+    random = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 5, 6, 8, generator=random, requires_grad=True)
+    b = torch.randn(2, 5, 6, 8, generator=random, requires_grad=True)
+    weight = torch.randn(2, 441, 6, 8, generator=random)
+    fast, plain = cost_volume(a, b), correlation(a, b)
+    torch.testing.assert_close(fast, plain)
+    gradients = torch.autograd.grad((fast * weight).sum(), (a, b))
+    expected = torch.autograd.grad((plain * weight).sum(), (a, b))
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_the_multiscale_loss_of_zero_flow_is_the_weighted_length_of_the_flow() -> None:
+    flow = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(2, 2, 64, 64)
+    predictions = [torch.zeros(2, 2, 64 >> level, 64 >> level) for level in (6, 5, 4, 3, 2)]
+    loss = multiscale_loss(predictions, flow, scale=20.0)
+    assert loss == pytest.approx(sum(LEVEL_WEIGHTS) * 5 / 20, rel=1e-5)
+
+
+def test_the_matching_loss_is_the_entropy_of_its_bilinear_target_at_the_best_logits() -> None:
+    # 24 pixels right are one and a half steps, 16 pixels up are one: two cells, half each.
+    flow = torch.tensor([24.0, -16.0]).view(1, 2, 1, 1).expand(1, 2, 64, 64)
+    visible = torch.zeros(1, 64, 64, dtype=torch.bool)
+    cost = torch.full((1, 441, 8, 8), -50.0)
+    cost[:, 9 * 21 + 11] = cost[:, 9 * 21 + 12] = 0.0
+    loss = matching_loss(cost, flow, visible, torch.tensor([-50.0]))
+    assert loss == pytest.approx(0.6931, abs=1e-3)
+    hidden = matching_loss(cost - 50, flow, ~visible, torch.tensor([0.0]))
+    assert hidden == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
+    torch.manual_seed(0)
+    block = FlowNet2(NETWORKS["FlowNet2-c"]).blocks["net1"]
+    factored = TrainingC(block)
+    images = torch.rand(2, 1, 3, 64, 64) - 0.5
+    with torch.no_grad():
+        before = factored.decode(*factored.features(images))
+        factored.fold()
+        after = block(images[0], images[1])
+    for factored_flow, plain_flow in zip(before, after, strict=True):
+        torch.testing.assert_close(factored_flow, plain_flow, rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_run_learns(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, "--steps", "60", "--reuse", "1e9", "--learning-rate", "1e-3",
+        "--log-seconds", "0",
+    )
+    run.run()
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "net1 flow"]
+    errors = [float(row["epe"]) for row in rows]
+    assert sum(errors[-15:]) < 0.8 * sum(errors[:15])
+    assert (tmp_path / "validation.csv").exists()
+    model, source = finished_model(tmp_path)
+    assert "60 steps" in source
+    image = torch.zeros(1, 70, 90, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        assert model(image, image).shape == (1, 70, 90, 2)
+
+
+def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path) -> None:
+    def steps(run: Trainer, count: int) -> None:
+        for _ in range(count):
+            run.begin_due_part()
+            run.train_step(elapsed=0.0)
+
+    options = ["--steps", "20", "--reuse", "1"]
+    whole = trainer(tmp_path / "whole", *options)
+    steps(whole, 12)
+    first = trainer(tmp_path / "parts", *options)
+    steps(first, 7)
+    first.checkpoint()
+    second = trainer(tmp_path / "parts", *options)
+    assert second.step == 7
+    assert second.part.name == "net1 flow"
+    steps(second, 5)
+    for name, value in whole.trainee.state_dict().items():
+        assert torch.equal(value, second.trainee.state_dict()[name]), name
+    for name, value in whole.ema.items():
+        assert torch.equal(value, second.ema[name]), name
+
+
+def test_a_cascade_trains_its_second_network_on_the_frozen_first(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "--network", "FlowNet2-cs", "--steps", "10", "--reuse", "4")
+    while run.part.block != "net2":
+        run.begin_due_part()
+        run.train_step(elapsed=0.0)
+    frozen = {name: value.clone() for name, value in run.model.blocks["net1"].state_dict().items()}
+    before = run.trainee.module.encoder["conv1"].weight.detach().clone()
+    run.train_step(elapsed=0.0)
+    assert not torch.equal(run.trainee.module.encoder["conv1"].weight, before)
+    for name, value in run.model.blocks["net1"].state_dict().items():
+        assert torch.equal(value, frozen[name]), name
+
+
+def test_shares_add_up_and_fusion_is_refused() -> None:
+    for network in NETWORKS.values():
+        if network.fusion:
+            with pytest.raises(UnsupportedNetworkError, match="FlowNet2-CSS"):
+                parts_of(network)
+        else:
+            assert sum(part.share for part in parts_of(network)) == pytest.approx(1)
+
+
+def test_a_checkpoint_comes_in_pieces_and_of_its_own_network_only(tmp_path: Path) -> None:
+    state = {"network": "FlowNet2-s", "tensor": torch.arange(10_000_000, dtype=torch.float32)}
+    save_checkpoint(tmp_path / "checkpoint", state)
+    sizes = [piece.stat().st_size for piece in (tmp_path / "checkpoint").iterdir()]
+    assert len(sizes) == 3
+    assert max(sizes) < 16_000_000
+    assert torch.equal(load_checkpoint(tmp_path / "checkpoint")["tensor"], state["tensor"])
+    with pytest.raises(ResumeError, match="FlowNet2-s"):
+        trainer(tmp_path, "--network", "FlowNet2-c", "--steps", "1")

@@ -1,0 +1,52 @@
+"""Turn a training run into a weights file: the averaged weights, as float16 safetensors.
+
+    python -m training.ship runs/c weights/flownet2.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from export.networks import NETWORKS, FlowNet2
+from export.weights import save_weights
+from training.train import Trainee, load_checkpoint, parts_of
+from training.model import TrainingC
+
+LICENSE = "GPL-3.0-or-later"
+
+
+def finished_model(folder: Path) -> tuple[FlowNet2, str]:
+    """The network of a run's last checkpoint, and one sentence on where it comes from."""
+    state = load_checkpoint(folder / "checkpoint")
+    network = NETWORKS[state["network"]]
+    model = FlowNet2(network)
+    part = parts_of(network)[state["part"]]
+    trainee = Trainee(model, part.block)
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        for name, parameter in trainee.named_parameters():
+            parameter.copy_(state["ema"][name])
+    if isinstance(trainee.module, TrainingC):
+        trainee.module.fold()
+    source = (
+        "trained from nothing on synthetic pairs by this project's training.train, "
+        f"{state['step']} steps in {state['elapsed'] / 60:.0f} minutes"
+    )
+    return model, source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run of training.train")
+    parser.add_argument("weights", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    model, source = finished_model(arguments.run)
+    save_weights(model, arguments.weights, source, LICENSE)
+    print(f"{arguments.weights}: {source}, {arguments.weights.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
