@@ -1,5 +1,6 @@
 """The launcher: a real tritonserver and gateway as children, and what it says when it cannot."""
 
+import http.server
 import json
 import os
 import signal
@@ -356,3 +357,37 @@ def test_stop_ends_the_wait_for_readiness() -> None:
         assert child.wait_until(lambda: False, 60.0, stop) is False
     finally:
         child.kill()
+
+
+def test_spans_of_triton_join_the_callers_trace(
+    closed_form_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: list[bytes] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/traces"
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{collector.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        with triton.serve(closed_form_repository) as server:
+            image = {"shape": [1, 16, 16, 3], "datatype": "UINT8", "data": [0] * 16 * 16 * 3}
+            body = {"inputs": [{"name": name, **image} for name in ("image1", "image2")]}
+            request = urllib.request.Request(
+                f"http://{server.address.http}/v2/models/flownet2/infer",
+                json.dumps(body).encode(),
+                {"traceparent": f"00-{trace}-b7ad6b7169203331-01"},
+            )
+            urllib.request.urlopen(request).close()
+        # Spans that are still waiting are sent when the server stops.
+        wait_for(lambda: any(trace.encode() in one for one in bodies))
+        collector.shutdown()
