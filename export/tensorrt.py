@@ -8,7 +8,6 @@ may use TF32, TensorRT's default.
 """
 
 import argparse
-import contextlib
 import ctypes
 import errno
 import hashlib
@@ -27,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from export.repository import IMAGE_INPUTS, MAX_BATCH_SIZE, USUAL_SIZE, replacing
 
@@ -105,8 +105,8 @@ class PluginUnusable(EngineError):
         )
 
 
-class ParserRejects(EngineError):
-    """TensorRT's parser does not take the ONNX file."""
+class ModelRejected(EngineError):
+    """The file is no ONNX, or TensorRT's parser does not take it."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"TensorRT cannot read {path}: {reason}. Export the model again")
@@ -197,11 +197,9 @@ def build_engine(
     """
     folder = repository / name / "1"
     path, plan = folder / "model.onnx", folder / "model.plan"
-    if not path.is_file():
-        raise ModelMissing(path)
+    model = read_model(path)
     gpu = find_gpu()
     trt = import_tensorrt()
-    model = onnx.load(path)
     needs_plugin = any(node.domain == PLUGIN_NAMESPACE for node in model.graph.node)
     library = load_plugin(trt, plugin) if needs_plugin else None
 
@@ -220,7 +218,8 @@ def build_engine(
     if needs_plugin:
         check_plugin_layer(trt, network, path)
     cache = timing_cache or folder / "timing.cache"
-    config = configure(trt, builder, profiles(native_edge(gpu.memory, is_half(model))), cache)
+    config = configure(trt, builder, profiles(native_edge(gpu.memory, is_half(model))))
+    use_timing_cache(config, cache)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise build_error(gpu, log.errors)
@@ -228,6 +227,20 @@ def build_engine(
     write_whole(cache, config.get_timing_cache().serialize())
     logger.info("built %s in %.0f s", plan, time.monotonic() - started)
     return plan
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The exported model.
+
+    Raises:
+        ModelMissing, ModelRejected
+    """
+    try:
+        return onnx.load(path)
+    except FileNotFoundError:
+        raise ModelMissing(path) from None
+    except DecodeError as error:
+        raise ModelRejected(path, str(error)) from None
 
 
 def find_gpu() -> Gpu:
@@ -390,14 +403,14 @@ def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:
     """The network of an ONNX file, its layers' types those of the file.
 
     Raises:
-        ParserRejects
+        ModelRejected
     """
     # The default from TensorRT 11 on.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
         reasons = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise ParserRejects(model, _one_line(reasons[0] if reasons else log.last_error))
+        raise ModelRejected(model, _one_line(reasons[0] if reasons else log.last_error))
     return network
 
 
@@ -408,28 +421,25 @@ def check_plugin_layer(trt: Any, network: Any, model: Path) -> None:
         raise PluginNotUsed(model)
 
 
-def configure(
-    trt: Any, builder: Any, engine_profiles: tuple[Profile, ...], timing_cache: Path
-) -> Any:
-    """Settings of the build: profiles, measurements of earlier builds, progress in the log."""
+def configure(trt: Any, builder: Any, engine_profiles: tuple[Profile, ...]) -> Any:
+    """Settings of the build: profiles, and progress in the log."""
     config = builder.create_builder_config()
     for profile in engine_profiles:
-        shapes = ((*size, 3) for size in (profile.minimum, profile.optimum, profile.maximum))
-        limits = builder.create_optimization_profile()
-        minimum, optimum, maximum = shapes
+        sizes = (profile.minimum, profile.optimum, profile.maximum)
+        shapes = builder.create_optimization_profile()
         for image in IMAGE_INPUTS:
-            limits.set_shape(image, minimum, optimum, maximum)
-        config.add_optimization_profile(limits)
+            shapes.set_shape(image, *((*size, 3) for size in sizes))
+        config.add_optimization_profile(shapes)
     config.progress_monitor = progress_monitor(trt)
-
-    measured = b""
-    with contextlib.suppress(FileNotFoundError):
-        measured = timing_cache.read_bytes()
-    cache = config.create_timing_cache(measured)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
-        logger.info("%s is of another GPU or TensorRT: measuring anew", timing_cache)
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     return config
+
+
+def use_timing_cache(config: Any, file: Path) -> None:
+    """Start from the measurements of earlier builds, if they are of this GPU and TensorRT."""
+    measured = file.read_bytes() if file.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(measured), ignore_mismatch=False):
+        logger.info("%s is of another GPU or TensorRT: measuring anew", file)
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def build_error(gpu: Gpu, errors: list[str]) -> EngineError:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from exported import EXPORTS, Exported, export
 from gateway_stack import Gateway, run_gateway, wait_until, write_repository
 from stack import Stack, run_stack
 
@@ -39,3 +40,13 @@ def stack() -> Iterator[Stack]:
     """The service as `make serve` runs it."""
     with run_stack() as running:
         yield running
+
+
+@pytest.fixture(
+    scope="session", params=EXPORTS, ids=lambda p: f"{p[0]}-{'fp16' if p[1] else 'fp32'}"
+)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Exported]:
+    """Every architecture in turn; tests that use it run together for each, across files."""
+    yield from export(*request.param, tmp_path_factory.mktemp("exported"))

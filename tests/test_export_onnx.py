@@ -12,30 +12,12 @@ import torch
 from caffe_reference import make_blobs, write_h5
 from correlation_cases import FLOWNET_CASES, GENERAL_CASES, Case, brute_force, tolerance
 from correlation_model import one_node_model
+from exported import Exported
 from scipy.ndimage import gaussian_filter
 
-from export.networks import NETWORKS, FlowNet2
+from export.networks import NETWORKS
 from export.onnx_export import OPSET, correlation_function, export_onnx
 from export.weights import load_weights
-
-# One of each architecture; the other names differ in their weights alone.
-ARCHITECTURES = list({(n.cascade, n.width, n.fusion): name for name, n in NETWORKS.items()}.values())
-
-
-def random_weights(name: str) -> FlowNet2:
-    """Weights that give smooth flows of some ten pixels, as trained ones do."""
-    torch.manual_seed(0)
-    model = FlowNet2(NETWORKS[name]).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
-            torch.nn.init.kaiming_normal_(module.weight, a=0.1)
-            assert module.bias is not None
-            torch.nn.init.normal_(module.bias, std=0.05)
-            if module.out_channels == 2:
-                module.weight.data *= 0.3
-    model.mean1.copy_(torch.tensor([0.41, 0.43, 0.45]).view(3, 1, 1))
-    model.mean2.copy_(torch.tensor([0.41, 0.43, 0.45]).view(3, 1, 1))
-    return model
 
 
 def session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -51,10 +33,8 @@ def images(n: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return noise[:, 2:-2, 2:-2].astype(np.uint8), noise[:, 4:, :-4].astype(np.uint8)
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["FlowNet2-c", "FlowNet2-css"])
-def test_the_contracts_graph(name: str, half: bool) -> None:
-    proto = export_onnx(random_weights(name), half)
+def test_the_contracts_graph(exported: Exported) -> None:
+    proto = exported.proto
     shapes = {
         value.name: (
             value.type.tensor_type.elem_type,
@@ -67,48 +47,40 @@ def test_the_contracts_graph(name: str, half: bool) -> None:
         "image2": (onnx.TensorProto.UINT8, ["batch", "height", "width", 3]),
         "flow": (onnx.TensorProto.FLOAT, ["batch", "height", "width", 2]),
     }
-    (node,) = (node for node in proto.graph.node if node.domain == "flownet2")
-    assert node.op_type == "Correlation"
-    assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
-        "pad": 20,
-        "kernel_size": 1,
-        "max_displacement": 20,
-        "stride1": 1,
-        "stride2": 2,
-        "plugin_version": b"1",
-        "plugin_namespace": b"flownet2",
-    }
+    nodes = [node for node in proto.graph.node if node.domain == "flownet2"]
+    assert len(nodes) == len(proto.functions) == exported.model.network.cascade.count("C")
+    for node in nodes:
+        assert node.op_type == "Correlation"
+        assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
+            "pad": 20,
+            "kernel_size": 1,
+            "max_displacement": 20,
+            "stride1": 1,
+            "stride2": 2,
+            "plugin_version": b"1",
+            "plugin_namespace": b"flownet2",
+        }
     weights = {t.data_type for t in proto.graph.initializer if len(t.dims) == 4}
-    assert weights == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+    assert weights == {onnx.TensorProto.FLOAT16 if exported.half else onnx.TensorProto.FLOAT}
     assert str(Path(__file__).parents[1]).encode() not in proto.SerializeToString()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_onnx_runtime_gives_what_pytorch_gives(name: str) -> None:
-    model = random_weights(name)
-    run = session(export_onnx(model))
-    sizes = [(1, 512, 512), (3, 388, 584), (1, 436, 1024)] if name == "FlowNet2-cs" else []
+def test_onnx_runtime_gives_what_pytorch_gives(exported: Exported) -> None:
+    run = session(exported.proto)
+    sizes = [(1, 512, 512), (3, 388, 584), (1, 436, 1024)] if exported.name == "FlowNet2-cs" else []
     for size in [(3, 75, 100), (1, 64, 64), (1, 16, 130), *sizes]:
         first, second = images(*size)
         (flow,) = run.run(None, {"image1": first, "image2": second})
         with torch.no_grad():
-            expected = model(torch.from_numpy(first), torch.from_numpy(second)).numpy()
+            expected = exported.model(torch.from_numpy(first), torch.from_numpy(second)).numpy()
         assert flow.shape == (*size, 2)
         assert flow.dtype == np.float32
         assert 0.001 < np.abs(expected).mean() < 40
-        assert np.linalg.norm(flow - expected, axis=-1).max() < 1e-3
-
-
-def test_half_precision_stays_close() -> None:
-    model = random_weights("FlowNet2-css")
-    first, second = (torch.from_numpy(x) for x in images(1, 128, 192))
-    with torch.no_grad():
-        expected = model(first, second).numpy()
-    (flow,) = session(export_onnx(model, half=True)).run(
-        None, {"image1": first.numpy(), "image2": second.numpy()}
-    )
-    error = np.linalg.norm(flow - expected, axis=-1).mean()
-    assert error < 0.01 * np.linalg.norm(expected, axis=-1).mean()
+        error = np.linalg.norm(flow - expected, axis=-1)
+        if exported.half:
+            assert error.mean() < 0.01 * np.linalg.norm(expected, axis=-1).mean()
+        else:
+            assert error.max() < 1e-3
 
 
 def test_caffe_weights_reach_the_file(tmp_path: Path) -> None:
@@ -128,7 +100,9 @@ def bodies() -> Iterator[tuple[Case, type[np.floating]]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), list(bodies()), ids=lambda value: getattr(value, "name", None) or value.__name__
+    ("case", "dtype"),
+    list(bodies()),
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
 )
 def test_function_body_of_the_correlation(case: Case, dtype: type[np.floating]) -> None:
     a, b = case.inputs(dtype)
