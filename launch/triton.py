@@ -5,6 +5,7 @@ version); the product is a plain model repository, served the same way as by NVI
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -21,7 +22,13 @@ from http import HTTPStatus
 from pathlib import Path
 
 from launch.child import Child, Echo
-from launch.errors import ModelMissing, ServerMissing, SharedLibraryMissing, StubMissing
+from launch.errors import (
+    ModelMissing,
+    NumPyTooNew,
+    ServerMissing,
+    SharedLibraryMissing,
+    StubMissing,
+)
 from launch.ports import check_free, free_ports, port_from_environment
 
 START_SECONDS = 300.0
@@ -177,6 +184,12 @@ def _wheel() -> Path:
         raise ServerMissing(
             "tritonserver is not installed in this Python environment: "
             "`pip install nvidia-pytriton==0.7.0` (x86-64 and arm64 Linux only)"
+        )
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.partition(".")[0]) > 1:  # its arrays arrive empty, without any error
+        raise NumPyTooNew(
+            f"tritonserver's Python backend cannot exchange arrays with NumPy {numpy}: "
+            "`pip install 'numpy<2'` (which Python 3.13 has not: take Python 3.11 or 3.12)"
         )
     return folder
 
