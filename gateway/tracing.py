@@ -1,7 +1,7 @@
 """OpenTelemetry traces, where a collector is configured (the `otel` extra).
 
-One span for a request and one for its inference, whose `traceparent` goes to Triton. Without a
-collector a client's own `traceparent` goes to Triton as it came.
+One span for a request, with its stages as attributes; its `traceparent` goes to Triton, whose spans
+become its children. Without a collector a client's own `traceparent` goes to Triton as it came.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class TracingMiddleware:
             return
         context = context_of(scope)
         with self.tracer.start_as_current_span(
-            f"{scope['method']} {getattr(scope.get('route'), 'path', scope['path'])}",
+            scope["method"],
             extract(dict(Headers(scope=scope))),
             SpanKind.SERVER,
             {"http.request.method": scope["method"], "url.path": scope["path"]},
@@ -51,6 +51,8 @@ class TracingMiddleware:
             try:
                 await self.app(scope, receive, send)
             finally:
+                if route := scope.get("route"):
+                    span.update_name(f"{scope['method']} {route.path}")
                 span.set_attribute("flownet2.outcome", context.outcome)
                 span.set_attribute("flownet2.request_id", context.request_id)
                 for stage, seconds in context.stages.items():

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import http.client
+import http.server
 import io
 import json
 import resource
@@ -477,6 +478,53 @@ class TestOtherSettings:
                 assert line.recv(100).startswith(b"HTTP/1.1 200")
                 assert "flownet2_admitted 1.0" in gateway.client.get("/metrics").text
             wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
+
+    def test_traces_join_the_clients(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """A collector gets the request's span, child of the one that the client names."""
+        pytest.importorskip("opentelemetry.sdk")
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (  # noqa: PLC0415
+            ExportTraceServiceRequest,
+        )
+
+        received: list[ExportTraceServiceRequest] = []
+
+        class Collector(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers["Content-Encoding"] == "gzip":
+                    data = gzip.decompress(data)
+                received.append(ExportTraceServiceRequest.FromString(data))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+            threading.Thread(target=collector.serve_forever).start()
+            with run_gateway(
+                closed_form_triton.address.grpc,
+                tmp_path / "log",
+                OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}",
+            ) as gateway:
+                wait_until(lambda: gateway.get("/readyz") == 200)
+                trace, parent = "ab" * 16, "cd" * 8
+                headers = {"traceparent": f"00-{trace}-{parent}-01"}
+                assert gateway.client.post(PATH, json=BODY, headers=headers).status_code == 200
+            collector.shutdown()
+        spans = [
+            span
+            for request in received
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+        span = next(span for span in spans if span.name == "POST /estimate_flow/")
+        assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
+        attributes = {one.key for one in span.attributes}
+        assert {"flownet2.outcome", "flownet2.stage.infer_ms"} <= attributes
 
     @pytest.mark.parametrize(
         ("variable", "value"),
