@@ -6,6 +6,7 @@ kernel, any other inlines the function.
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -88,7 +89,20 @@ def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx
 
     It is the PyTorch formulation itself, exported, so that there is one.
     """
-    numbers = {k: v for k, v in attributes.items() if not k.startswith("plugin_")}
+    numbers = tuple((k, v) for k, v in attributes.items() if not k.startswith("plugin_"))
+    return helper.make_function(
+        DOMAIN,
+        "Correlation",
+        ["a", "b"],
+        ["volume"],
+        _correlation_nodes(numbers, half),
+        [helper.make_opsetid("", OPSET)],
+        attributes=list(attributes),
+    )
+
+
+@functools.cache  # takes longer than a thin network
+def _correlation_nodes(attributes: tuple[tuple[str, int], ...], half: bool) -> list[onnx.NodeProto]:
     dtype = torch.float16 if half else torch.float32
     features = tuple(torch.zeros(2, 8, 24, 40, dtype=dtype) for _ in range(2))
     shape = {
@@ -98,7 +112,7 @@ def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx
         3: Dim("columns", min=2, max=4096),
     }
     graph = _export(
-        _BandedCorrelation(numbers), features, (shape, shape), ["a", "b"], ["volume"]
+        _BandedCorrelation(dict(attributes)), features, (shape, shape), ["a", "b"], ["volume"]
     ).graph
     for node in graph.node:  # TensorRT warns of names that the network has too
         node.name = f"Correlation/{node.name}"
@@ -106,15 +120,7 @@ def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx
         helper.make_node("Constant", [], [tensor.name], value=tensor)
         for tensor in graph.initializer
     ]
-    return helper.make_function(
-        DOMAIN,
-        "Correlation",
-        ["a", "b"],
-        ["volume"],
-        [*constants, *graph.node],
-        [helper.make_opsetid("", OPSET)],
-        attributes=list(attributes),
-    )
+    return [*constants, *graph.node]
 
 
 def _export(
