@@ -38,6 +38,8 @@ MINIMUM_SIZE = 16
 USUAL_SHAPE = (1, 512, 512, 3)  # what the gateway's default path asks for
 FLOW_CHANNELS = 2
 BF16 = openvino.Type.bf16
+# What the correlation is made of, and joins it with the features beside it.
+FOLLOWERS = {"Concat", "MatMul", "Multiply", "Pad", "PRelu", "Reshape", "Slice", "Transpose"}
 
 
 class Engine:
@@ -118,27 +120,62 @@ def narrow(model: openvino.Model) -> None:
     OpenVINO's own bfloat16 mode converts everything: flow of hundreds of pixels, the coordinates
     that the warp computes from it, then have 8 bits. Here a convolution with its bias and its
     LeakyReLU becomes bfloat16, sums inside it being float32 as ever, unless it predicts or
-    upsamples a flow (two channels out). Concatenation, flow, correlation and warp stay as they are.
+    upsamples a flow (two channels out). What only moves or compares features that are bfloat16
+    already, up to the cost volume, stays bfloat16; flow, images and warp stay float32.
     """
     folding = Manager()
     folding.register_pass(ConstantFolding())  # leaves plain constants for biases and weights
     folding.run_passes(model)
     for node in model.get_ordered_ops():
-        if node.get_type_name() not in {"Convolution", "ConvolutionBackpropData"}:
-            continue
-        if node.get_output_partial_shape(0)[1] == FLOW_CHANNELS:
-            continue
-        original = node.get_output_element_type(0)
-        layer = _layer(node)
-        readers = layer[-1].output(0).get_target_inputs()
-        for part in layer:
-            for argument in part.inputs():
-                argument.replace_source_output(_as_bfloat16(argument.get_source_output()))
-            part.validate_and_infer_types()
-        widened = ops.convert(layer[-1], original.to_string())
-        for reader in readers:
-            reader.replace_source_output(widened.output(0))
+        if node.get_type_name() in {"Convolution", "ConvolutionBackpropData"}:
+            if node.get_output_partial_shape(0)[1] != FLOW_CHANNELS:
+                _narrow_nodes(_layer(node))
+        elif node.get_type_name() in FOLLOWERS and _reads_bfloat16(node):
+            _narrow_nodes([node])
     model.validate_nodes_and_infer_types()
+
+
+def remove_idle_resizes(model: openvino.Model) -> None:
+    """Take out, in place, the resizing to multiples of 64 and back where sizes are that already."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Interpolate":
+            before, after = node.get_input_partial_shape(0), node.get_output_partial_shape(0)
+            if before.is_static and before == after:
+                for reader in node.output(0).get_target_inputs():
+                    reader.replace_source_output(node.input_value(0))
+
+
+def _narrow_nodes(chain: list[openvino.Node]) -> None:
+    """Make nodes that feed only each other bfloat16; whoever reads the last gets it widened."""
+    original = chain[-1].get_output_element_type(0).to_string()
+    outputs = [(output, output.get_target_inputs()) for output in chain[-1].outputs()]
+    for node in chain:
+        for argument in node.inputs():
+            if argument.get_element_type().is_real():
+                argument.replace_source_output(_as_bfloat16(argument.get_source_output()))
+        node.validate_and_infer_types()
+    for output, readers in outputs:
+        widened = ops.convert(output, original).output(0)
+        for reader in readers:
+            reader.replace_source_output(widened)
+
+
+def _reads_bfloat16(node: openvino.Node) -> bool:
+    """True when all the numbers that a node reads, constants apart, are widened bfloat16."""
+    sources = [
+        argument.get_source_output()
+        for argument in node.inputs()
+        if argument.get_element_type().is_real()
+    ]
+    data = [one for one in sources if one.get_node().get_type_name() != "Constant"]
+    return bool(data) and all(map(_is_widened, data))
+
+
+def _is_widened(value: "openvino.Output[Any]") -> bool:
+    node = value.get_node()
+    return bool(
+        node.get_type_name() == "Convert" and node.input_value(0).get_element_type() == BF16
+    )
 
 
 def _layer(convolution: openvino.Node) -> list[openvino.Node]:
@@ -155,9 +192,8 @@ def _as_bfloat16(value: "openvino.Output[Any]") -> "openvino.Output[Any]":
     """The same value in bfloat16, through as few conversions as there can be."""
     if value.get_element_type() == BF16:
         return value
-    node = value.get_node()
-    if node.get_type_name() == "Convert" and node.input_value(0).get_element_type() == BF16:
-        return node.input_value(0)
+    if _is_widened(value):
+        return value.get_node().input_value(0)
     for reader in value.get_target_inputs():
         other = reader.get_node()
         if other.get_type_name() == "Convert" and other.get_output_element_type(0) == BF16:
