@@ -81,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         ValueError: a setting cannot be used; the message names it.
     """
-    images.configure_pillow(settings.max_image_pixels)
+    images.configure_pillow(settings.max_image_pixels, settings.image_formats)
     cluster = Cluster(settings.triton_endpoints)
     admission = Admission(settings.max_in_flight, settings.max_waiting, settings.max_buffered_bytes)
     measured = metrics.Metrics(admission, cluster)

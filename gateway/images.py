@@ -53,12 +53,22 @@ _KNOWN = {
 }
 
 
-def configure_pillow(max_pixels: int) -> None:
+def configure_pillow(max_pixels: int, formats: list[str]) -> None:
     """Set Pillow's own guards, which are global to the process.
 
     Its bomb guard warns beyond a number of pixels and refuses beyond twice that number, for WebP
     before it allocates anything; here it refuses beyond `max_pixels`, and never warns.
+
+    Raises:
+        ValueError: Pillow reads no such format.
     """
+    Image.init()
+    unknown = [form for form in formats if form not in Image.OPEN]
+    if unknown:
+        raise ValueError(
+            f"GATEWAY_IMAGE_FORMATS: Pillow has no {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(Image.OPEN))}"
+        )
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -18,6 +18,7 @@ from gateway.metrics import Metrics
 log = logging.getLogger("gateway.access")
 
 PROBES = frozenset({"/livez", "/readyz", "/healthz"})
+QUIET = PROBES | {"/metrics"}
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -79,7 +80,7 @@ class ContextMiddleware:
             self.metrics.stages.labels(stage).observe(seconds)
         client = scope.get("client")
         log.log(
-            logging.DEBUG if path in PROBES else logging.INFO,
+            logging.DEBUG if path in QUIET else logging.INFO,
             "request",
             extra={
                 "request_id": context.request_id,

@@ -6,9 +6,8 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, PngImagePlugin
-
 from gateway_stack import encoded, picture
+from PIL import Image, PngImagePlugin
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

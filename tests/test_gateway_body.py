@@ -1,6 +1,7 @@
 """Bodies: base64 in all its dialects, JSON and forms, and bodies made to cause trouble."""
 
 import base64
+import contextlib
 
 import pytest
 from hypothesis import given
@@ -48,10 +49,8 @@ def test_broken_base64(text: str) -> None:
 
 @given(st.text(max_size=60))
 def test_any_text_is_decoded_or_refused(text: str) -> None:
-    try:
+    with contextlib.suppress(BadBase64):
         assert body.decode_base64(text, "f")
-    except BadBase64:
-        pass
 
 
 @pytest.mark.parametrize(

@@ -533,6 +533,7 @@ class TestOtherSettings:
             ("GATEWAY_MAX_BUFFERED_BYTES", "5"),
             ("GATEWAY_API_KEYS_FILE", "/nonexistent"),
             ("TRITON_ENDPOINTS", "triton"),
+            ("GATEWAY_IMAGE_FORMATS", "PNG,NOSUCH"),
         ],
     )
     def test_bad_settings_are_named(self, tmp_path: Path, variable: str, value: str) -> None:
