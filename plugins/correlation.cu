@@ -9,7 +9,7 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
-#include <mma.h>
+#include <tensor_core.cuh>
 
 #include "correlation.h"
 
@@ -36,8 +36,9 @@ struct Images {
   int height;
   int width;
 
+  __device__ int64_t plane() const { return static_cast<int64_t>(height) * width; }
   __device__ const T* item_of(const T* image, int64_t n) const {
-    return image + n * channels * height * width;
+    return image + n * channels * plane();
   }
 };
 
@@ -110,7 +111,7 @@ struct Stage {
 
 // Starts copying channels [channel, channel + kChannels) of what the block reads; zeros outside.
 __device__ void stage(const Images<float>& images, const Place& place, int channel, Stage* to) {
-  const int64_t plane = static_cast<int64_t>(images.height) * images.width;
+  const int64_t plane = images.plane();
   const float* a = images.item_of(images.a, place.item) + channel * plane;
   const float* b = images.item_of(images.b, place.item) + channel * plane;
   {
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2) correlate(Images<float> images) {
 
   // The two parities of a group of columns swap halves, so that each thread has 4 neighbours.
   const float scale = 1.0f / images.channels;
-  const int64_t plane = static_cast<int64_t>(images.height) * images.width;
+  const int64_t plane = images.plane();
   const int x = place.column + 2 * own + parity * kOwn;
   const bool vector = images.width % 4 == 0;
 #pragma unroll
@@ -225,10 +226,11 @@ __global__ void __launch_bounds__(kThreads, 2) correlate(Images<float> images) {
 
 }  // namespace fp32
 
-// ---- half: bands as 16 x 48 matrices on the tensor cores ------------------------------------
+// ---- half: bands on the tensor cores ---------------------------------------------------------
 
-// A warp has one parity of 32 columns and one row r: for each of 4 rows y, 16 columns of a times 48
-// columns of b, of which the band is 16 x 21. Sums are float.
+// A warp has one parity of 32 columns and one row r: for each of 4 rows y the 16 columns i of a
+// against 40 columns j of b. In eights of i, the band lies in 28 columns j: two tiles of 16 (j) x 8
+// (i), beginning at the same column as i counted from 12 columns before it. Sums are float.
 namespace fp16 {
 
 constexpr int kRows = 4;
@@ -236,19 +238,21 @@ constexpr int kShifts = 4;
 constexpr int kColumns = 32;
 constexpr int kThreads = 256;
 constexpr int kChannels = 16;  // staged at a time: one step of the tensor cores
-constexpr int kTile = 16;
-constexpr int kTilesB = 3;
-constexpr int kMargin = 12;        // columns of b of one parity before the first of a
-constexpr int kVector = 8;         // halves to a 16-byte load
+constexpr int kOwn = 16;       // columns i of a warp
+constexpr int kReach = 40;     // columns j that they meet
+constexpr int kMargin = 12;    // of which so many come before the first i
+constexpr int kEights = kReach / 8;
+constexpr int kVector = 8;  // halves to a 16-byte load
 constexpr int kVectorsA = kColumns / kVector;
-constexpr int kVectorsB = 10;      // 80 columns from column - 24: all that the band reads
-// Rows of shared memory, in halves: 16-byte steps over all banks, so no two rows of a tile collide.
-constexpr int kPitchA = kTile + 8;
-constexpr int kPitchB = kTilesB * kTile + 8;
-constexpr int kPitchSums = kTilesB * kTile + 4;
-constexpr int kPerThreadB = (kShifts * kChannels * kVectorsB + kThreads - 1) / kThreads;
+constexpr int kVectorsB = 2 * kReach / kVector;
+// Rows of shared memory: eight of them begin in different banks.
+constexpr int kPitchA = kOwn + 8;
+constexpr int kPitchB = kReach;
+constexpr int kPitchSums = kReach + 4;
+constexpr int kSlots = kThreads / kChannels;  // threads that stage one channel
+constexpr int kPerThreadB = (kShifts * kVectorsB + kSlots - 1) / kSlots;
 using Tiles = Tiling<kRows, kShifts, kColumns>;
-static_assert(kThreads == kRows * kChannels * kVectorsA, "each thread stages one vector of a");
+static_assert(kSlots == kRows * kVectorsA, "each thread stages one vector of a");
 static_assert(kThreads == 32 * kShifts * 2, "a warp for each row r and parity");
 
 struct Stage {
@@ -258,58 +262,8 @@ struct Stage {
 
 union Shared {
   Stage stages[2];
-  float sums[kShifts][2][kTile][kPitchSums];
+  float sums[kShifts][2][kOwn][kPitchSums];
 };
-
-struct Fetched {
-  uint4 a;
-  uint4 b[kPerThreadB];
-};
-
-// Eight halves of row y of channel plane `image` from column x; zeros outside.
-template <bool kAligned>
-__device__ uint4 fetch(const Images<__half>& images, const __half* image, bool wanted, int y,
-                       int x) {
-  uint4 vector = make_uint4(0, 0, 0, 0);
-  if (!wanted || !inside(y, images.height)) return vector;
-  const __half* from = image + static_cast<int64_t>(y) * images.width + x;
-  if (kAligned) {  // width and x are multiples of eight: all inside or all outside
-    if (inside(x, images.width)) vector = *reinterpret_cast<const uint4*>(from);
-  } else {
-    __half* halves = reinterpret_cast<__half*>(&vector);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      if (inside(x + i, images.width)) halves[i] = from[i];
-  }
-  return vector;
-}
-
-template <bool kAligned>
-__device__ Fetched fetch_all(const Images<__half>& images, const Place& place, int channel) {
-  const int64_t plane = static_cast<int64_t>(images.height) * images.width;
-  const __half* a = images.item_of(images.a, place.item) + channel * plane;
-  const __half* b = images.item_of(images.b, place.item) + channel * plane;
-  Fetched fetched;
-  {
-    const int vector = threadIdx.x % kVectorsA;
-    const int c = threadIdx.x / kVectorsA % kChannels;
-    const int k = threadIdx.x / (kVectorsA * kChannels);
-    fetched.a = fetch<kAligned>(images, a + c * plane, channel + c < images.channels,
-                                place.row + k * kStride, place.column + vector * kVector);
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThreadB; ++i) {
-    const int index = threadIdx.x + i * kThreads;
-    const int vector = index % kVectorsB;
-    const int c = index / kVectorsB % kChannels;
-    const int s = index / (kVectorsB * kChannels);
-    fetched.b[i] =
-        fetch<kAligned>(images, b + c * plane, s < kShifts && channel + c < images.channels,
-                        place.first_row() + s * kStride,
-                        place.column - 2 * kMargin + vector * kVector);
-  }
-  return fetched;
-}
 
 // Writes eight neighbouring columns as four of each parity.
 __device__ void split(uint4 vector, __half* even, __half* odd) {
@@ -319,81 +273,163 @@ __device__ void split(uint4 vector, __half* even, __half* odd) {
                                               __byte_perm(vector.z, vector.w, 0x7632));
 }
 
-__device__ void store_all(const Fetched& fetched, Stage* to) {
-  {
-    const int vector = threadIdx.x % kVectorsA;
-    const int c = threadIdx.x / kVectorsA % kChannels;
-    const int k = threadIdx.x / (kVectorsA * kChannels);
-    split(fetched.a, &to->a[k][0][c][vector * 4], &to->a[k][1][c][vector * 4]);
-  }
+// What one thread stages: of one channel, a vector of a and up to kPerThreadB of b. The loads run
+// one stage ahead of the stores.
+template <bool kAligned>
+class Share {
+ public:
+  __device__ Share(const Images<__half>& images, const Place& place)
+      : images_(images),
+        column_(place.column),
+        channels_left_(images.channels - channel()),
+        plane_((place.item * images.channels + channel()) * images.plane()) {
+    offset_a_ = offset(place.row + slot() / kVectorsA * kStride, column_a());
 #pragma unroll
-  for (int i = 0; i < kPerThreadB; ++i) {
-    const int index = threadIdx.x + i * kThreads;
-    const int vector = index % kVectorsB;
-    const int c = index / kVectorsB % kChannels;
-    const int s = index / (kVectorsB * kChannels);
-    if (s < kShifts) split(fetched.b[i], &to->b[s][0][c][vector * 4], &to->b[s][1][c][vector * 4]);
+    for (int i = 0; i < kPerThreadB; ++i) {
+      const int r = place.first_row() + index_b(i) / kVectorsB * kStride;
+      offset_b_[i] = has(i) ? offset(r, column_b(i)) : kOutside;
+    }
   }
-}
+
+  // Loads the next kChannels channels.
+  __device__ void load() {
+    vector_a_ = fetch(images_.a, offset_a_, column_a());
+#pragma unroll
+    for (int i = 0; i < kPerThreadB; ++i)
+      vector_b_[i] = fetch(images_.b, offset_b_[i], column_b(i));
+    channels_left_ -= kChannels;
+    plane_ += kChannels * images_.plane();
+  }
+
+  // Stores what was loaded last.
+  __device__ void store(Stage* to) const {
+    const int k = slot() / kVectorsA, column = slot() % kVectorsA * 4;
+    split(vector_a_, &to->a[k][0][channel()][column], &to->a[k][1][channel()][column]);
+#pragma unroll
+    for (int i = 0; i < kPerThreadB; ++i) {
+      const int s = index_b(i) / kVectorsB, j = index_b(i) % kVectorsB * 4;
+      if (has(i)) split(vector_b_[i], &to->b[s][0][channel()][j], &to->b[s][1][channel()][j]);
+    }
+  }
+
+ private:
+  static constexpr int kOutside = INT32_MIN;
+
+  __device__ static int channel() { return threadIdx.x / kSlots; }
+  __device__ static int slot() { return threadIdx.x % kSlots; }
+  __device__ static int index_b(int i) { return slot() + i * kSlots; }
+  __device__ static bool has(int i) { return index_b(i) < kShifts * kVectorsB; }
+  __device__ int column_a() const { return column_ + slot() % kVectorsA * kVector; }
+  __device__ int column_b(int i) const {
+    return column_ - 2 * kMargin + index_b(i) % kVectorsB * kVector;
+  }
+
+  // Where column x of row y is in a channel, or kOutside.
+  __device__ int offset(int y, int x) const {
+    const bool valid = inside(y, images_.height) && (!kAligned || inside(x, images_.width));
+    return valid ? y * images_.width + x : kOutside;
+  }
+
+  // Eight halves from column x on; zeros outside. Aligned, they are all inside or all outside.
+  __device__ uint4 fetch(const __half* image, int offset, int x) const {
+    uint4 vector = make_uint4(0, 0, 0, 0);
+    if (offset == kOutside || channels_left_ <= 0) return vector;
+    const __half* from = image + plane_ + offset;
+    if constexpr (kAligned) {
+      vector = *reinterpret_cast<const uint4*>(from);
+    } else {
+      __half halves[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        halves[i] = inside(x + i, images_.width) ? from[i] : __float2half_rn(0);
+      memcpy(&vector, halves, sizeof(vector));
+    }
+    return vector;
+  }
+
+  const Images<__half>& images_;  // a kernel's parameter: no registers
+  int column_;
+  int channels_left_;
+  int64_t plane_;  // where this thread's channel begins
+  int offset_a_;
+  int offset_b_[kPerThreadB];
+  uint4 vector_a_;
+  uint4 vector_b_[kPerThreadB];
+};
 
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads) correlate(Images<__half> images) {
-  using namespace nvcuda;
-  alignas(128) __shared__ Shared shared;
+__global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
+    correlate(Images<__half> images) {
+  alignas(16) __shared__ Shared shared;
   const Place place = Tiles::place(images.height, images.width);
-  const int s = threadIdx.x / 64, parity = threadIdx.x / 32 % 2;
+  const int s = threadIdx.x / 64, parity = threadIdx.x / 32 % 2, lane = threadIdx.x % 32;
+  const int row = lane % 8, matrix = lane / 8;
 
-  // Columns past kVectorsB are multiplied but never used: zeros keep them finite.
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.stages) / sizeof(uint4));
-       i += kThreads)
-    reinterpret_cast<uint4*>(&shared)[i] = make_uint4(0, 0, 0, 0);
-  __syncthreads();
-
-  wmma::fragment<wmma::accumulator, kTile, kTile, kTile, float> sums[kRows][kTilesB];
-#pragma unroll
-  for (int k = 0; k < kRows; ++k)
-#pragma unroll
-    for (int t = 0; t < kTilesB; ++t) wmma::fill_fragment(sums[k][t], 0.0f);
-
+  float sums[kRows][2][2][4] = {};  // row y, eight columns i, tile of j, elements of a lane
   const int last_row = place.first_row() + (kShifts - 1) * kStride;
   const bool zero = last_row < 0 || place.first_row() >= images.height;
   const int steps = zero ? 0 : (images.channels + kChannels - 1) / kChannels;
-  if (steps > 0) store_all(fetch_all<kAligned>(images, place, 0), &shared.stages[0]);
+  Share<kAligned> share(images, place);
+  if (steps > 0) {
+    share.load();
+    share.store(&shared.stages[0]);
+  }
   __syncthreads();
   for (int step = 0; step < steps; ++step) {
     const Stage& now = shared.stages[step % 2];
     const bool more = step + 1 < steps;
-    Fetched next;
-    if (more) next = fetch_all<kAligned>(images, place, (step + 1) * kChannels);
+    if (more) share.load();
 
-    wmma::fragment<wmma::matrix_b, kTile, kTile, kTile, __half, wmma::row_major> b[kTilesB];
+    // Eights of columns j, each for channels 0..7 and 8..15.
+    uint32_t b[kEights][2];
+    const __half(&rows_b)[kChannels][kPitchB] = now.b[s][parity];
 #pragma unroll
-    for (int t = 0; t < kTilesB; ++t)
-      wmma::load_matrix_sync(b[t], &now.b[s][parity][0][t * kTile], kPitchB);
+    for (int eight = 0; eight < kEights - 1; eight += 2) {
+      uint32_t four[4];
+      load_transposed(&rows_b[matrix / 2 * 8 + row][(eight + matrix % 2) * 8], four);
+      b[eight][0] = four[0], b[eight + 1][0] = four[1];
+      b[eight][1] = four[2], b[eight + 1][1] = four[3];
+    }
+    load_transposed(&rows_b[matrix % 2 * 8 + row][(kEights - 1) * 8], b[kEights - 1]);
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      wmma::fragment<wmma::matrix_a, kTile, kTile, kTile, __half, wmma::col_major> a;
-      wmma::load_matrix_sync(a, &now.a[k][parity][0][0], kPitchA);
+      uint32_t a[4];  // eight columns i, channels 0..7 and 8..15, then the next eight
+      load_transposed(&now.a[k][parity][matrix % 2 * 8 + row][matrix / 2 * 8], a);
 #pragma unroll
-      for (int t = 0; t < kTilesB; ++t) wmma::mma_sync(sums[k][t], a, b[t], sums[k][t]);
+      for (int t = 0; t < 2; ++t) {
+        const uint32_t columns[2] = {a[2 * t], a[2 * t + 1]};
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          const int first = t + 2 * tile;
+          const uint32_t products[4] = {b[first][0], b[first + 1][0], b[first][1],
+                                        b[first + 1][1]};
+          multiply_add(products, columns, sums[k][t][tile]);
+        }
+      }
     }
-    if (more) store_all(next, &shared.stages[(step + 1) % 2]);
+    if (more) share.store(&shared.stages[(step + 1) % 2]);
     __syncthreads();
   }
 
   const float scale = 1.0f / images.channels;
-  const int64_t plane = static_cast<int64_t>(images.height) * images.width;
+  const int64_t plane = images.plane();
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
 #pragma unroll
-    for (int t = 0; t < kTilesB; ++t)
-      wmma::store_matrix_sync(&shared.sums[s][parity][0][t * kTile], sums[k][t], kPitchSums,
-                              wmma::mem_row_major);
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = 8 * t + lane % 4 * 2 + e % 2;
+          const int j = 8 * t + 16 * tile + lane / 4 + e / 2 * 8;
+          shared.sums[s][parity][i][j] = sums[k][t][tile][e];
+        }
     __syncthreads();
     const int y = place.row + k * kStride;
-    for (int index = threadIdx.x; index < kShifts * kDisplacements * kTile; index += kThreads) {
-      const int i = index % kTile, o = index / kTile % kDisplacements;
-      const int from = index / (kTile * kDisplacements);
+    for (int index = threadIdx.x; index < kShifts * kDisplacements * kOwn; index += kThreads) {
+      const int i = index % kOwn, o = index / kOwn % kDisplacements;
+      const int from = index / (kOwn * kDisplacements);
       const int p = place.shift + from - k, x = place.column + 2 * i;
       if (!inside(p, kDisplacements) || y >= images.height || x >= images.width) continue;
       const int j = i + o + kMargin - kRadius;
@@ -439,7 +475,7 @@ __global__ void __launch_bounds__(kAnyThreads)
       (static_cast<int>(channel / displacements % displacements) - radius) * attributes.stride2;
   const int64_t item = channel / displacements / displacements;
 
-  const int64_t plane = static_cast<int64_t>(images.height) * images.width;
+  const int64_t plane = images.plane();
   const int border = attributes.max_displacement - attributes.pad;
   float sum = 0;
   for (int j = 0; j < attributes.kernel_size; ++j) {
@@ -497,7 +533,9 @@ CorrelationStatus run(const CorrelationAttributes& attributes, const FeatureShap
                             static_cast<int>(shape.channels),
                             static_cast<int>(shape.height),
                             static_cast<int>(shape.width)};
-  if (is_flownet(attributes)) return launch_flownet(shape, images, stream);
+  // The tiled kernels index within a channel by int.
+  if (is_flownet(attributes) && shape.height * shape.width <= INT32_MAX)
+    return launch_flownet(shape, images, stream);
   const int64_t count = output.batch * output.channels * output.height * output.width;
   return launch(correlate_any<T>, (count + kAnyThreads - 1) / kAnyThreads, kAnyThreads, stream,
                 images, attributes, attributes.radius(), static_cast<int>(output.height),

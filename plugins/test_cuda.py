@@ -57,7 +57,7 @@ def compile_kernels(folder: Path, architecture: str) -> Path:
     library = folder / "correlation.so"
     subprocess.run(  # noqa: S603 (our own sources, no shell)
         [
-            *("nvcc", "-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC"),
+            *("nvcc", "-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC", "-I", str(PLUGINS)),
             *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
             *(*map(str, SOURCES), "-o", str(library)),
         ],

@@ -64,7 +64,10 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   std::vector<std::vector<Copy>> copies{1};  // committed groups, then the open one
+  // What the thread shows the others of its warp.
   float shuffled = 0;
+  const void* row = nullptr;
+  uint32_t a[4] = {}, b[2] = {};
 };
 
 inline std::vector<Fiber> fibers;
