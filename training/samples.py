@@ -16,13 +16,13 @@ from gateway.encoding import to_flo
 from training.generator import load_textures, render
 
 SAMPLE_SEED = 1 << 41
-HEIGHT, WIDTH = 256, 384
+HEIGHT, WIDTH = 256, 320
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.samples", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("samples"))
-    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--count", type=int, default=3)
     arguments = parser.parse_args()
     scenes = render(
         SAMPLE_SEED, arguments.count, HEIGHT, WIDTH, load_textures(None), blur=False

@@ -208,9 +208,10 @@ class Trainer:
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.log: list[tuple[float, float]] = []
-        self.begin_part()
         if pieces(self.out / "checkpoint"):
             self.restore(load_checkpoint(self.out / "checkpoint"))
+        else:
+            self.begin_part()
 
     # -- schedule ---------------------------------------------------------------------------
 
@@ -246,13 +247,10 @@ class Trainer:
     def begin_part(self) -> None:
         """Set up trainee, optimizer and scenes for the current part, from the model as it is."""
         part = self.part
-        previous = self.parts[self.part_index - 1] if self.part_index else None
-        new_block = previous is None or previous.block != part.block
+        new_block = self.part_index == 0 or self.parts[self.part_index - 1].block != part.block
         if new_block:
             initialise(self.model.blocks[part.block], self.arguments.seed + self.part_index)
-            self.trainee = Trainee(self.model, part.block).to(
-                self.device, memory_format=torch.channels_last
-            )
+            self.take_trainee()
         self.open_pool(0)
         images = self.batch().images
         if new_block:
@@ -263,6 +261,15 @@ class Trainer:
             standardise(self.trainee, lambda: self.trainee(images), keep=stem)
         # Every worker has standardised on images of its own.
         self.workers.share([parameter.data for parameter in self.trainee.parameters()])
+        self.begin_optimizer()
+
+    def take_trainee(self) -> None:
+        self.trainee = Trainee(self.model, self.part.block).to(
+            self.device, memory_format=torch.channels_last
+        )
+
+    def begin_optimizer(self) -> None:
+        """A fresh optimizer and average of the trainee's weights."""
         trained = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -322,9 +329,9 @@ class Trainer:
             )
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.checked = state["checked"]
-        while self.part_index < state["part"]:
-            self.part_index += 1
-            self.begin_part()
+        self.part_index = state["part"]
+        self.take_trainee()
+        self.begin_optimizer()
         self.model.load_state_dict(state["model"])
         self.trainee.load_state_dict(state["trainee"])
         self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
