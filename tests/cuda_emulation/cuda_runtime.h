@@ -1,8 +1,8 @@
 // As much of CUDA as plugins/correlation.cu uses, on one CPU thread: each CUDA thread is a fiber
 // that runs until it meets a barrier. Compiled with this folder in front, the .cu file is C++.
 //
-// It is stricter than a GPU where that shows mistakes: odd blocks run their threads in reverse
-// order (a missing barrier reads stale data), asynchronous copies leave NaN until they are
+// It is stricter than a GPU where that shows mistakes: each warp runs as far as it can before the
+// next, and in odd blocks in reverse order (a missing barrier reads stale data), asynchronous copies leave NaN until they are
 // waited for, and a barrier that not all threads reach, or a pointer that a vector or matrix
 // instruction would refuse, fails the launch. It says nothing about speed.
 #pragma once
@@ -91,18 +91,15 @@ inline void wait(Fiber::State state) {
   swapcontext(&fiber.context, &scheduler);
 }
 
-// Lets those go on whose barrier everybody reached; false if nobody can.
-inline bool release() {
-  bool all_at_block = true, any = false;
-  for (Fiber& fiber : fibers) all_at_block &= fiber.state == Fiber::kAtBlock;
-  for (size_t first = 0; first < fibers.size(); first += kWarp) {
-    bool all_at_warp = true;
-    for (size_t i = first; i < first + kWarp; ++i)
-      all_at_warp &= fibers[i].state == Fiber::kAtWarp;
-    for (size_t i = first; i < first + kWarp; ++i)
-      if (all_at_warp || all_at_block) fibers[i].state = Fiber::kReady, any = true;
-  }
-  return any;
+// Whether all of the threads from `first` on, `count` of them, are in a state.
+inline bool all(size_t first, size_t count, Fiber::State state) {
+  for (size_t i = first; i < first + count; ++i)
+    if (fibers[i].state != state) return false;
+  return true;
+}
+
+inline void let_go(size_t first, size_t count) {
+  for (size_t i = first; i < first + count; ++i) fibers[i].state = Fiber::kReady;
 }
 
 }  // namespace emulation
@@ -119,6 +116,19 @@ struct ThreadIndex {
 inline ThreadIndex threadIdx;
 
 namespace emulation {
+
+// Runs a warp until the whole block has to wait: as far ahead of the other warps as a GPU may.
+inline void run_warp(size_t first, bool reverse) {
+  for (;;) {
+    for (size_t i = 0; i < kWarp; ++i) {
+      current = first + (reverse ? kWarp - 1 - i : i);
+      if (fibers[current].state == Fiber::kReady)
+        swapcontext(&scheduler, &fibers[current].context);
+    }
+    if (!all(first, kWarp, Fiber::kAtWarp)) return;
+    let_go(first, kWarp);
+  }
+}
 
 inline void run_block(unsigned block, size_t threads) {
   blockIdx.x = block;
@@ -139,16 +149,13 @@ inline void run_block(unsigned block, size_t threads) {
         },
         0);
   }
-  bool done = false;
-  while (!done && !failed) {
-    for (size_t i = 0; i < threads; ++i) {
-      current = block % 2 ? threads - 1 - i : i;
-      if (fibers[current].state == Fiber::kReady)
-        swapcontext(&scheduler, &fibers[current].context);
-    }
-    done = true;
-    for (const Fiber& fiber : fibers) done &= fiber.state == Fiber::kDone;
-    if (!done && !release()) fail("a barrier that not all threads reach");
+  while (!failed && !all(0, threads, Fiber::kDone)) {
+    for (size_t i = 0; i < threads / kWarp; ++i)
+      run_warp((block % 2 ? threads / kWarp - 1 - i : i) * kWarp, block % 2);
+    if (all(0, threads, Fiber::kAtBlock))
+      let_go(0, threads);
+    else if (!all(0, threads, Fiber::kDone))
+      fail("a barrier that not all threads reach");
   }
 }
 
