@@ -90,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await cluster.start()
+        cluster.start()
         yield
         await cluster.close()
         threads.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,7 @@ INPUTS = {"image1": ("UINT8", [-1, -1, -1, 3]), "image2": ("UINT8", [-1, -1, -1,
 OUTPUTS = {"flow": ("FP32", [-1, -1, -1, 2])}
 
 POLL_SECONDS = 0.5
-RESOLVE_SECONDS = 5.0
+RESOLVE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
 """A Triton that computes on all cores may answer late; one that is gone refuses at once."""
 
@@ -228,6 +228,7 @@ class Cluster:
     def __init__(self, hosts: list[str]) -> None:
         """Take `host:port` strings; names stand for all of their addresses, now and later."""
         self._hosts = [self._split(host) for host in hosts]
+        self._addresses: dict[tuple[str, int], set[str]] = {}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
         self._turn = itertools.count()
         self._resolver: asyncio.Task[None] | None = None
@@ -244,9 +245,8 @@ class Cluster:
         """The endpoints there are, serving or not."""
         return list(self._watches)
 
-    async def start(self) -> None:
-        """Resolve names and begin to watch."""
-        await self._resolve()
+    def start(self) -> None:
+        """Begin to resolve names and to watch endpoints."""
         self._resolver = asyncio.create_task(self._keep_resolving())
 
     async def close(self) -> None:
@@ -260,26 +260,28 @@ class Cluster:
 
     async def _keep_resolving(self) -> None:
         while True:
-            await asyncio.sleep(RESOLVE_SECONDS if self._watches else POLL_SECONDS)
-            await self._resolve()
+            for host, port in self._hosts:
+                try:
+                    answers = await asyncio.get_running_loop().getaddrinfo(
+                        host, port, type=socket.SOCK_STREAM
+                    )
+                except OSError as error:  # keep what was found before
+                    log.warning("%s does not resolve: %s", host, error)
+                    continue
+                self._addresses[host, port] = {
+                    f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}"
+                    for *_, (ip, *_) in answers
+                }
+            self._follow(set().union(*self._addresses.values()))
+            await asyncio.sleep(RESOLVE_SECONDS)
 
-    async def _resolve(self) -> None:
-        found: dict[str, None] = {}
-        for host, port in self._hosts:
-            try:
-                answers = await asyncio.get_running_loop().getaddrinfo(
-                    host, port, type=socket.SOCK_STREAM
-                )
-            except OSError as error:
-                log.warning("%s does not resolve: %s", host, error)
-                return  # keep what was found before
-            for *_, (ip, *_) in answers:
-                found[f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}"] = None
-        known = {endpoint.address: endpoint for endpoint in self.endpoints}
-        for address in found.keys() - known.keys():
+    def _follow(self, wanted: set[str]) -> None:
+        """Watch these addresses and no others."""
+        known = {endpoint.address: endpoint for endpoint in self._watches}
+        for address in wanted - known.keys():
             endpoint = Endpoint(address)
             self._watches[endpoint] = asyncio.create_task(endpoint.watch())
-        for address in known.keys() - found.keys():
+        for address in known.keys() - wanted:
             # Requests in flight still hold it; its connection closes with the last of them.
             self._watches.pop(known[address]).cancel()
 
