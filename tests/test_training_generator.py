@@ -44,7 +44,7 @@ def away_from_edges(mask: torch.Tensor) -> torch.Tensor:
     return blocked == 0
 
 
-def test_frame_1_warped_back_by_the_flow_is_frame_0_where_nothing_hides_it(smooth: Textures) -> None:
+def test_frame_1_warped_back_is_frame_0_where_nothing_hides_it(smooth: Textures) -> None:
     scenes = render(5, 4, HEIGHT, WIDTH, smooth, blur=False)
     error = (warp_back(scenes) - scenes.frames[0].float()).abs().amax(dim=1)
     visible = away_from_edges(~scenes.occluded)
@@ -64,7 +64,7 @@ def test_a_flow_that_is_off_by_half_a_pixel_is_noticed(smooth: Textures) -> None
     assert wrong > 2 * right
 
 
-def test_what_leaves_the_image_is_occluded_and_hidden_pixels_look_different(textures: Textures) -> None:
+def test_what_leaves_the_image_is_occluded_and_hidden_pixels_differ(textures: Textures) -> None:
     scenes = render(6, 4, HEIGHT, WIDTH, textures, blur=False)
     x = torch.arange(WIDTH) + scenes.flow[:, 0]
     y = torch.arange(HEIGHT)[:, None] + scenes.flow[:, 1]

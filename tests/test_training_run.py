@@ -75,8 +75,15 @@ def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
 
 def test_a_short_run_learns(tmp_path: Path) -> None:
     run = trainer(
-        tmp_path, "--steps", "60", "--reuse", "1e9", "--learning-rate", "1e-3",
-        "--log-seconds", "0",
+        tmp_path,
+        "--steps",
+        "60",
+        "--reuse",
+        "1e9",
+        "--learning-rate",
+        "1e-3",
+        "--log-seconds",
+        "0",
     )
     run.run()
     with (tmp_path / "log.csv").open(newline="") as file:

@@ -27,9 +27,7 @@ def _window(padded: Tensor, height: int, width: int) -> Tensor:
     """View [..., y, x, i, j] of [M, y, x, h + 20, w + 20] at (y + i, x + j)."""
     m, y, x, q, p = padded.stride()
     side = 2 * RADIUS + 1
-    return padded.as_strided(
-        (len(padded), height, width, side, side), (m, y + q, x + p, q, p)
-    )
+    return padded.as_strided((len(padded), height, width, side, side), (m, y + q, x + p, q, p))
 
 
 class _Cut(torch.autograd.Function):
@@ -45,9 +43,7 @@ class _Cut(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
         count, height, width = gradient.shape[:3]
-        padded = gradient.new_zeros(
-            count, height, width, height + 2 * RADIUS, width + 2 * RADIUS
-        )
+        padded = gradient.new_zeros(count, height, width, height + 2 * RADIUS, width + 2 * RADIUS)
         side = 2 * RADIUS + 1
         _window(padded, height, width).copy_(gradient.view(count, height, width, side, side))
         return padded[:, :, :, RADIUS:-RADIUS, RADIUS:-RADIUS].contiguous()
@@ -61,5 +57,6 @@ def cost_volume(a: Tensor, b: Tensor) -> Tensor:
     count, channels, height, width = a.shape
     h, w = height // 2, width // 2
     product = _split(a * (1 / channels)) @ _split(b).transpose(1, 2)
-    window = _Cut.apply(product.view(-1, h, w, h, w)).view(count, 2, 2, h, w, -1)
-    return window.permute(0, 3, 1, 4, 2, 5).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+    window: Tensor = _Cut.apply(product.view(-1, h, w, h, w))  # type: ignore[no-untyped-call]
+    volume = window.view(count, 2, 2, h, w, -1).permute(0, 3, 1, 4, 2, 5)
+    return volume.reshape(count, height, width, -1).permute(0, 3, 1, 2)

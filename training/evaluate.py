@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 from PIL import Image
 
 from gateway.encoding import Flow, colours
@@ -27,6 +29,7 @@ Image8 = npt.NDArray[np.uint8]
 Method = Callable[[Image8, Image8], Flow]
 
 BAD_PIXELS = 3.0
+opencv: Any = cv2  # its type stubs leave out half of what is used here
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def _gray(method: Method) -> Method:
 
     def on_colour(first: Image8, second: Image8) -> Flow:
         return method(
-            cv2.cvtColor(first, cv2.COLOR_RGB2GRAY), cv2.cvtColor(second, cv2.COLOR_RGB2GRAY)
+            opencv.cvtColor(first, opencv.COLOR_RGB2GRAY),
+            opencv.cvtColor(second, opencv.COLOR_RGB2GRAY),
         )
 
     return on_colour
@@ -58,13 +62,13 @@ def _gray(method: Method) -> Method:
 
 def opencv_methods() -> dict[str, Method]:
     """OpenCV's classical methods by name."""
-    fast = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    medium = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    deep = cv2.optflow.createOptFlow_DeepFlow()
+    fast = opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_FAST)
+    medium = opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    deep = opencv.optflow.createOptFlow_DeepFlow()
     return {
         "zero flow": lambda first, second: np.zeros((*first.shape[:2], 2), np.float32),
         "Farneback": _gray(
-            lambda first, second: cv2.calcOpticalFlowFarneback(
+            lambda first, second: opencv.calcOpticalFlowFarneback(
                 first, second, None, 0.5, 5, 15, 5, 7, 1.5, 0
             )
         ),
@@ -76,8 +80,6 @@ def opencv_methods() -> dict[str, Method]:
 
 def onnx_method(path: Path) -> Method:
     """An exported network: uint8 [N, H, W, 3] twice to float32 [N, H, W, 2], in ONNX Runtime."""
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(first: Image8, second: Image8) -> Flow:
@@ -106,7 +108,8 @@ def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
     lines = ["| end-point error | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
 
     def row(title: str, cell: Callable[[dict[str, Score]], str]) -> None:
-        lines.append(f"| {title} | " + " | ".join(cell(by_pair) for by_pair in scores.values()) + " |")
+        cells = " | ".join(cell(by_pair) for by_pair in scores.values())
+        lines.append(f"| {title} | {cells} |")
 
     def mean_error(names: list[str]) -> Callable[[dict[str, Score]], str]:
         return lambda by_pair: f"{np.mean([by_pair[name].epe for name in names]):.2f}"
@@ -118,8 +121,14 @@ def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
         if len(members) > 1:
             row(f"**{family}, mean of {len(members)}**", mean_error(members))
     row(f"**all, mean of {len(pairs)}**", mean_error([pair.name for pair in pairs]))
-    row("pixels off by more than 3, %", lambda s: f"{100 * np.mean([x.bad for x in s.values()]):.1f}")
-    row("milliseconds a pair", lambda s: f"{np.mean([x.milliseconds for x in s.values()]):.0f}")
+    row(
+        "pixels off by more than 3, %",
+        lambda by_pair: f"{100 * np.mean([one.bad for one in by_pair.values()]):.1f}",
+    )
+    row(
+        "milliseconds a pair",
+        lambda by_pair: f"{np.mean([one.milliseconds for one in by_pair.values()]):.0f}",
+    )
     return "\n".join(lines)
 
 
@@ -134,6 +143,7 @@ def picture(pair: Pair, methods: dict[str, Method]) -> Image8:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--pairs", type=Path, required=True, help="folder of folders of pairs")
     parser.add_argument(

@@ -17,7 +17,8 @@ STEP = 16.0  # pixels between neighbouring displacements of the correlation
 
 def endpoint_error(prediction: Tensor, flow: Tensor) -> Tensor:
     """Mean Euclidean distance of two flows [N, 2, H, W]."""
-    return torch.linalg.vector_norm(prediction.float() - flow, dim=1).mean()
+    error: Tensor = torch.linalg.vector_norm(prediction.float() - flow, dim=1)
+    return error.mean()
 
 
 def multiscale_loss(predictions: list[Tensor], flow: Tensor, scale: float) -> Tensor:
@@ -28,7 +29,7 @@ def multiscale_loss(predictions: list[Tensor], flow: Tensor, scale: float) -> Te
     """
     total = torch.zeros((), device=flow.device)
     for weight, prediction in zip(LEVEL_WEIGHTS, predictions, strict=True):
-        truth = F.adaptive_avg_pool2d(flow, prediction.shape[2:]) / scale
+        truth = F.adaptive_avg_pool2d(flow, prediction.shape[2:]) / scale  # type: ignore[arg-type]
         total = total + weight * endpoint_error(prediction, truth)
     return total
 

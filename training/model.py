@@ -93,7 +93,8 @@ class TrainingC(nn.Module):
         with torch.no_grad():
             scale = (SPEED * self.log_factor).exp() / peak
             conv3 = self.block.stem["conv3"]
-            assert isinstance(conv3, Conv) and conv3.bias is not None
+            assert isinstance(conv3, Conv)
+            assert conv3.bias is not None
             conv3.weight *= scale.sqrt()
             conv3.bias *= scale.sqrt()
             self.log_factor.fill_(math.log(peak) / SPEED)
@@ -102,8 +103,9 @@ class TrainingC(nn.Module):
         """Write the plain conv3_1 of the block from basis and factor."""
         with torch.no_grad():
             plain = self.block.tail["conv3_1"]
-            assert isinstance(plain, Conv) and plain.bias is not None
+            assert isinstance(plain, Conv)
             weight, bias = self.factor.weight, self.factor.bias
+            assert plain.bias is not None
             assert bias is not None
             product = torch.einsum(
                 "okyx,kd->odyx", weight[:, self.redirected :].double(), self.basis.double()
@@ -150,14 +152,13 @@ def standardise(
     """
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.bias is not None
+        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        assert layer.bias is not None
         transposed = isinstance(layer, nn.ConvTranspose2d)
         if transposed:
             output = F.conv_transpose2d(inputs[0], layer.weight, stride=2, padding=1)
         else:
-            output = F.conv2d(
-                inputs[0], layer.weight, stride=layer.stride, padding=layer.padding  # type: ignore[arg-type]
-            )
+            output = F.conv2d(inputs[0], layer.weight, None, layer.stride, layer.padding)
         deviation, mean = torch.std_mean(output.float(), dim=(0, 2, 3))
         deviation = deviation.clamp(min=1e-4)
         shape = (1, -1, 1, 1) if transposed else (-1, 1, 1, 1)
@@ -180,6 +181,6 @@ def standardise(
 
 
 def channel_means(model: FlowNet2, mean: float = 0.45) -> None:
-    """Set the means that the network subtracts; colours are permuted in training, so all are one."""
+    """Set the means that the network subtracts, all the same: training permutes the colours."""
     model.mean1.fill_(mean)
     model.mean2.fill_(mean)

@@ -75,9 +75,7 @@ class ScenePool:
         height, width = self.size
         scenes = self.slots * RENDER_BATCH
         device = textures.photos.device
-        self.frames = torch.zeros(
-            2, scenes, 3, height, width, dtype=torch.uint8, device=device
-        )
+        self.frames = torch.zeros(2, scenes, 3, height, width, dtype=torch.uint8, device=device)
         self.flow = torch.zeros(scenes, 2, height, width, device=device)
         self.occluded = torch.zeros(scenes, height, width, dtype=torch.bool, device=device)
         self.rendered = max(0, rendered - self.slots)

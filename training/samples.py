@@ -20,13 +20,12 @@ HEIGHT, WIDTH = 256, 320
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.samples", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("samples"))
     parser.add_argument("--count", type=int, default=3)
     arguments = parser.parse_args()
-    scenes = render(
-        SAMPLE_SEED, arguments.count, HEIGHT, WIDTH, load_textures(None), blur=False
-    )
+    scenes = render(SAMPLE_SEED, arguments.count, HEIGHT, WIDTH, load_textures(None), blur=False)
     for number in range(arguments.count):
         folder = arguments.out / f"layers_{number}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Turn a training run into a weights file: the averaged weights, as float16 safetensors.
 
-    python -m training.ship runs/c weights/flownet2.safetensors
+python -m training.ship runs/c weights/flownet2.safetensors
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 
 from export.networks import NETWORKS, FlowNet2
 from export.weights import save_weights
-from training.train import Trainee, load_checkpoint, parts_of
 from training.model import TrainingC
+from training.train import Trainee, load_checkpoint, parts_of
 
 LICENSE = "GPL-3.0-or-later"
 
@@ -39,6 +39,7 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of training.train")
     parser.add_argument("weights", type=Path, help="file to write")

@@ -50,9 +50,9 @@ def unpack_packages(folder: Path) -> dict[str, Path]:
         target = folder / package
         target.mkdir()
         try:
-            subprocess.run(["apt-get", "download", package], cwd=target, check=True)
+            subprocess.run(["apt-get", "download", package], cwd=target, check=True)  # noqa: S603, S607
             (archive,) = target.glob("*.deb")
-            subprocess.run(["dpkg", "-x", str(archive), str(target)], check=True)
+            subprocess.run(["dpkg", "-x", archive.name, "."], cwd=target, check=True)  # noqa: S603, S607
         except (OSError, subprocess.CalledProcessError) as error:
             raise TextureDownloadError(
                 f"cannot fetch the Debian package {package}; run `apt-get update` first, or train "
@@ -119,7 +119,7 @@ def pack_cutouts(folder: Path, random: np.random.Generator, count: int) -> UInt8
         box = alpha.getbbox()
         if box is None or min(box[2] - box[0], box[3] - box[1]) < 64:
             continue
-        if alpha.getextrema()[0] > 0:  # no transparent pixel: a photograph, not a cut-out
+        if np.asarray(alpha).min() > 0:  # no transparent pixel: a photograph, not a cut-out
             continue
         picture = picture.crop(box)
         scale = (CUTOUT_SIZE - 4) / max(picture.size)
@@ -138,6 +138,7 @@ def pack_cutouts(folder: Path, random: np.random.Generator, count: int) -> UInt8
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/textures.npz"))
     parser.add_argument("--photos", type=int, default=88)

@@ -100,10 +100,10 @@ def parts_of(network: Network) -> list[Part]:
     shares = SHARES[len(network.cascade)]
     for position, (kind, share) in enumerate(zip(network.cascade, shares, strict=True), start=1):
         block = "sd" if kind == "SD" else f"net{position}"
-        if kind == "C":
-            parts.append(Part(block, True, share * MATCHING_SHARE))
-            share *= 1 - MATCHING_SHARE
-        parts.append(Part(block, False, share))
+        matching = share * MATCHING_SHARE if kind == "C" else 0.0
+        if matching:
+            parts.append(Part(block, True, matching))
+        parts.append(Part(block, False, share - matching))
     return parts
 
 
@@ -162,6 +162,7 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def pieces(folder: Path) -> list[Path]:
+    """The files of a checkpoint, in order."""
     return sorted(folder.glob("*.bin"))
 
 
@@ -264,9 +265,8 @@ class Trainer:
         self.begin_optimizer()
 
     def take_trainee(self) -> None:
-        self.trainee = Trainee(self.model, self.part.block).to(
-            self.device, memory_format=torch.channels_last
-        )
+        trainee = Trainee(self.model, self.part.block).to(self.device)
+        self.trainee = trainee.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def begin_optimizer(self) -> None:
         """A fresh optimizer and average of the trainee's weights."""
@@ -279,9 +279,7 @@ class Trainer:
             betas=(0.9, 0.99),
             fused=True,
         )
-        self.ema = {
-            name: value.detach().clone() for name, value in self.trainee.named_parameters()
-        }
+        self.ema = {name: value.detach().clone() for name, value in self.trainee.named_parameters()}
         self.part_step = 0
 
     def open_pool(self, rendered: int) -> None:
@@ -459,11 +457,11 @@ class Trainer:
 
     def validation_batches(self) -> Iterator[Batch]:
         """This worker's part of `--validation` batches of four images, the same every time."""
-        size = self.arguments.crop or (384, 512)
+        height, width = self.arguments.crop or (384, 512)
         displacement = 0.1 if self.part.block == "sd" else 1.0
         for number in range(self.workers.rank, self.arguments.validation, self.workers.count):
             scenes = render(
-                VALIDATION_SEED + number, 4, *size, self.textures, displacement, blur=False
+                VALIDATION_SEED + number, 4, height, width, self.textures, displacement, False
             )
             random = torch.Generator().manual_seed(VALIDATION_SEED + number)
             yield Batch(photometric(scenes.frames, random), scenes.flow, scenes.occluded)
@@ -518,6 +516,7 @@ class Trainer:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append to a CSV file, which begins with the keys of its first row."""
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row))
@@ -529,7 +528,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def plot(folder: Path) -> None:
     """Training and validation error over time as `curve.png`, where matplotlib is installed."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # noqa: PLC0415 - the only use, and optional
     except ImportError:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -549,6 +548,7 @@ def plot(folder: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; without `argv`, the process's own."""
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("--network", default="FlowNet2-c", choices=sorted(NETWORKS))
     parser.add_argument("--minutes", type=float, default=25.0, help="time budget")
@@ -595,6 +595,7 @@ def keep_memory() -> None:
 
 
 def main() -> None:
+    """The command line."""
     keep_memory()
     arguments = parse()
     if arguments.threads:
