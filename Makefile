@@ -46,6 +46,8 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps nvidia-pytriton
+	@plugins/fetch_headers.sh build/onnxruntime >/dev/null \
+	  || echo "No ONNX Runtime headers: the tests of its correlation op will be skipped"
 	@touch $@ $(VENV)/.serve
 
 $(BIN)/python:
