@@ -13,9 +13,10 @@ from gateway.flow import SCALE_HEADERS
 from gateway.negotiation import FORMATS, JSON
 from gateway.settings import Settings
 
-# An 8x8 grey PNG: whoever tries the example gets a flow.
+# A black PNG of 16x16 pixels: whoever tries the example gets a flow.
 _EXAMPLE = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAC0lEQVR42mOgFwAAAEgAAQFI6PAAAAAASUVORK5CYII="
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAA"
+    "DUlEQVR42mNgGAXIAAABEAABf80DtQAAAABJRU5ErkJggg=="
 )
 
 
@@ -84,6 +85,7 @@ def flow_request() -> dict[str, Any]:
                     {
                         "type": "string",
                         "format": "byte",
+                        "minLength": 1,
                         "description": "an image file in base64: plain or URL-safe, also with the "
                         "prefix of a data URL",
                     },
