@@ -82,8 +82,8 @@ class Phase:
 MATCHING_PHASES = (Phase(0.0, (192, 256), 8, 1.0),)
 FLOW_PHASES = (
     Phase(0.0, (192, 256), 8, 0.8),
-    Phase(0.45, (256, 320), 8, 1.0),
-    Phase(0.75, (320, 448), 4, 1.0),
+    Phase(0.4, (256, 320), 5, 1.0),
+    Phase(0.8, (320, 448), 3, 1.0),
 )
 SHARES = {1: (1.0,), 2: (0.65, 0.35), 3: (0.5, 0.25, 0.25)}
 MATCHING_SHARE = 0.12
@@ -558,8 +558,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--textures", type=Path, help="file of training.textures")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8, help="samples a step at 192x256")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--reuse", type=float, default=6.0, help="uses of each rendered scene")
+    parser.add_argument("--learning-rate", type=float, default=4e-4, help="its peak")
+    parser.add_argument("--reuse", type=float, default=12.0, help="uses of each rendered scene")
     parser.add_argument("--pool", type=int, default=128, help="scenes kept for reuse")
     parser.add_argument("--validation", type=int, default=6, help="validation batches of four")
     parser.add_argument("--validate-minutes", type=float, default=5.0)
