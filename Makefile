@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 REPOSITORY := model_repository
 
-.PHONY: help serve test lint bench soak up model lock clean
+.PHONY: help serve test lint bench soak up model openapi lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -53,6 +53,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+openapi: $(VENV)/.dev ## write openapi.json anew
+	$(BIN)/python -m gateway.openapi > openapi.json
 
 lock: $(VENV)/.dev ## pin what is installed
 	{ echo "# Versions that were tested together; made by \`make lock\`."; \
