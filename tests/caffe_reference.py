@@ -18,6 +18,7 @@ Blobs = dict[str, list[Array]]
 
 TAIL = [("conv4", 512), ("conv4_1", 512), ("conv5", 512), ("conv5_1", 512), ("conv6", 1024),
         ("conv6_1", 1024)]  # fmt: skip
+FUSION = [("conv0", 64), ("conv1", 64), ("conv1_1", 128), ("conv2", 128), ("conv2_1", 128)]
 TWICE = {"net2_": "net2_", "net3_": "net3_"}
 
 
@@ -81,16 +82,14 @@ def make_blobs(nets: list[str], width: float, seed: int = 0) -> Blobs:
         elif kind == "sd":
             prefix = "" if len(nets) == 1 else "netsd_"
             previous = 6
-            for name, channels in [("conv0", 64), ("conv1", 64), ("conv1_1", 128), ("conv2", 128),
-                                   ("conv2_1", 128), ("conv3", 256), ("conv3_1", 256), *TAIL]:  # fmt: skip
+            for name, channels in [*FUSION, ("conv3", 256), ("conv3_1", 256), *TAIL]:
                 add(prefix + name, channels, previous, 3)
                 previous = channels
             decoder(prefix, "", [(6, 1024, 0), (5, 512, 512), (4, 512, 256), (3, 256, 128),
                                  (2, 128, 64)], True)  # fmt: skip
         else:
             previous = 11
-            for name, channels in [("conv0", 64), ("conv1", 64), ("conv1_1", 128), ("conv2", 128),
-                                   ("conv2_1", 128)]:  # fmt: skip
+            for name, channels in FUSION:
                 add("fuse_" + name, channels, previous, 3)
                 previous = channels
             decoder("fuse_", "", [(2, 128, 0), (1, 128, 32), (0, 64, 16)], True)
@@ -115,7 +114,7 @@ def write_h5(path: Path, blobs: Blobs) -> Path:
 
 def correlate(a: Array, b: Array) -> Array:
     """FlowNet's correlation: 21 x 21 displacements in steps of 2, mean over channels."""
-    n, channels, height, width = a.shape
+    _, channels, height, width = a.shape
     padded = np.pad(b, ((0, 0), (0, 0), (20, 20), (20, 20)))
     return np.stack(
         [
@@ -192,9 +191,7 @@ class _Net:
             up = _leaky(self.deconv(f"{self.prefix}deconv{level}", concat))
             flow_up = self.deconv(_upflow(self.prefix, level + 1), flow)
             concat = np.concatenate([skips[level], up, flow_up], 1)
-            read = (
-                self.linear(f"{self.prefix}interconv{level}", concat) if inter else concat
-            )
+            read = self.linear(f"{self.prefix}interconv{level}", concat) if inter else concat
             flow = self.linear(_prediction(self.prefix, start, level), read)
         return flow
 
@@ -257,7 +254,8 @@ def run(nets: list[str], blobs: Blobs, image1: Array, image2: Array) -> Array:
                 net, kind, np.concatenate([pair, warped, flow / 20, norm(first - warped)], 1)
             )
     if "fusion" in nets:
-        assert prediction is not None and sd is not None
+        assert prediction is not None
+        assert sd is not None
         css, sd = ((x).repeat(4, 2).repeat(4, 3) for x in (prediction * 20, sd))
         inputs = [first, sd, css, norm(sd), norm(css), norm(first - warp(second, sd)),
                   norm(first - warp(second, css))]  # fmt: skip

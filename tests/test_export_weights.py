@@ -134,8 +134,9 @@ def test_pair_mean_is_of_both_images_together() -> None:
     first, second = torch.randint(0, 256, (2, 2, 64, 64, 3), dtype=torch.uint8)
     a, b = model.normalise(first, second)
     mean = np.stack([first, second], axis=1).reshape(2, -1, 3).mean(1)[:, ::-1] / 255
-    np.testing.assert_allclose((first / 255.0).numpy()[..., ::-1] - a.permute(0, 2, 3, 1).numpy(),
-                               np.broadcast_to(mean[:, None, None], first.shape), atol=1e-6)  # fmt: skip
+    subtracted = (first / 255.0).numpy()[..., ::-1] - a.permute(0, 2, 3, 1).numpy()
+    expected = np.broadcast_to(mean[:, None, None], first.shape)
+    np.testing.assert_allclose(subtracted, expected, atol=1e-6)
     assert abs(float(torch.cat((a, b), 3).mean())) < 1e-6
 
 
@@ -164,7 +165,7 @@ def test_what_is_wrong_is_named(spoil, message: str, tmp_path: Path) -> None:  #
 
 def test_the_network_that_a_file_holds_is_named(tmp_path: Path) -> None:
     path = write_h5(tmp_path / "FlowNet2.caffemodel.h5", make_blobs(["c", "s"], 3 / 8))
-    with pytest.raises(WeightsError, match="looks like FlowNet2-cs$"):
+    with pytest.raises(WeightsError, match=r"looks like FlowNet2-cs$"):
         load_weights(NETWORKS["FlowNet2"], path)
 
 
