@@ -25,6 +25,9 @@ SD_FLOW_SCALE = 0.05  # SD predicts flow * 20
 SIZE_MULTIPLE = 64  # six halvings
 
 
+FULL, THIN = Fraction(1), Fraction(3, 8)
+
+
 @dataclass(frozen=True)
 class Network:
     """One network of the original release.
@@ -39,11 +42,9 @@ class Network:
 
     name: str
     cascade: tuple[str, ...]
-    width: Fraction = Fraction(1)
+    width: Fraction = FULL
     fusion: bool = False
 
-
-THIN = Fraction(3, 8)
 
 NETWORKS: dict[str, Network] = {
     network.name: network
@@ -208,17 +209,26 @@ class Decoder(nn.Module):
         return flows
 
 
-class FlowNetS(nn.Module):
-    """FlowNetSimple: one encoder over all inputs.
+class EncoderDecoder(nn.Module):
+    """One encoder over all inputs, and its decoder: FlowNetSimple, FlowNet-SD, Fusion.
 
-    ``[N, inputs, H, W]`` (6 channels alone, 12 in a cascade) to the predictions of levels 6 to 2,
-    coarsest first, each ``[N, 2, H / 2**level, W / 2**level]`` in units of 20 pixels.
+    ``[N, inputs, H, W]`` to the predictions of its levels, coarsest first, each
+    ``[N, 2, H / 2**level, W / 2**level]``: levels 6 to 2 in units of 20 pixels for S, of 0.05
+    pixels for SD, 2 to 0 in pixels for Fusion.
     """
 
-    def __init__(self, inputs: int, width: Fraction) -> None:
+    def __init__(
+        self,
+        layers: tuple[Layer, ...],
+        inputs: int,
+        levels: tuple[Level, ...],
+        width: Fraction = FULL,
+        interconv: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder((*STEM, *TAIL), inputs, width)
-        self.decoder = Decoder("conv6_1", 1024, LEVELS, width)
+        top = layers[-1]
+        self.encoder = Encoder(layers, inputs, width)
+        self.decoder = Decoder(top.name, top.outputs, levels, width, interconv)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         flows: list[Tensor] = self.decoder(self.encoder(x))
@@ -228,7 +238,7 @@ class FlowNetS(nn.Module):
 class FlowNetC(nn.Module):
     """FlowNetCorr: features of each image, compared by correlation.
 
-    Two images ``[N, 3, H, W]`` to predictions as :class:`FlowNetS` gives them.
+    Two images ``[N, 3, H, W]`` to predictions as :class:`EncoderDecoder` gives them for S.
     """
 
     def __init__(self, width: Fraction) -> None:
@@ -243,33 +253,6 @@ class FlowNetC(nn.Module):
         cost = F.leaky_relu(correlation(features1["conv3"], features2["conv3"]), 0.1)
         joined = torch.cat((self.conv_redir(features1["conv3"]), cost), dim=1)
         flows: list[Tensor] = self.decoder(features1 | self.tail(joined))
-        return flows
-
-
-class FlowNetSD(nn.Module):
-    """FlowNetS for small displacements (section 4 of the paper): 6 channels in, predictions
-    as :class:`FlowNetS` gives them but in units of 0.05 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder(SD_ENCODER, 6, Fraction(1))
-        self.decoder = Decoder("conv6_1", 1024, SD_LEVELS, Fraction(1), interconv=True)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        flows: list[Tensor] = self.decoder(self.encoder(x))
-        return flows
-
-
-class Fusion(nn.Module):
-    """Joins the flows of cascade and SD: 11 channels in, predictions of levels 2 to 0 in pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder(FUSION_ENCODER, 11, Fraction(1))
-        self.decoder = Decoder("conv2_1", 128, FUSION_LEVELS, Fraction(1), interconv=True)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        flows: list[Tensor] = self.decoder(self.encoder(x))
         return flows
 
 
@@ -295,11 +278,14 @@ class FlowNet2(nn.Module):
             if kind == "C":
                 blocks[f"net{position}"] = FlowNetC(network.width)
             elif kind == "S":
-                blocks[f"net{position}"] = FlowNetS(6 if position == 1 else 12, network.width)
-            else:
-                blocks["sd"] = FlowNetSD()
+                inputs = 6 if position == 1 else 12
+                blocks[f"net{position}"] = EncoderDecoder(
+                    (*STEM, *TAIL), inputs, LEVELS, network.width
+                )
+        if network.fusion or network.cascade == ("SD",):
+            blocks["sd"] = EncoderDecoder(SD_ENCODER, 6, SD_LEVELS, interconv=True)
         if network.fusion:
-            blocks |= {"sd": FlowNetSD(), "fusion": Fusion()}
+            blocks["fusion"] = EncoderDecoder(FUSION_ENCODER, 11, FUSION_LEVELS, interconv=True)
         self.blocks = nn.ModuleDict(blocks)
 
     def forward(self, image1: Tensor, image2: Tensor) -> Tensor:
