@@ -153,7 +153,7 @@ def test_volumes_are_declared_and_mounted_where_the_images_use_them() -> None:
                     for word in stages[""].last("CMD").words
                 )
             elif name == "export":
-                assert any(f" {target}" in run.rest for run in stages["export"].all("RUN"))
+                assert any(target in run.rest.split() for run in stages["export"].all("RUN"))
     assert used == set(declared)
 
 
