@@ -94,10 +94,12 @@ def test_builder_takes_every_network(exported: Exported, rtx: Rtx) -> None:
     assert 0.9 * weights < plan.nbytes < 2.5 * weights
 
 
-def test_means_over_both_images_too(tmp_path: Path, rtx: Rtx) -> None:
-    """As NVIDIA's port normalises."""
+def test_plan_of_a_network_with_means_over_both_images(tmp_path: Path, rtx: Rtx) -> None:
+    """As NVIDIA's port normalises; written as every plan is."""
     onnx.save(export_onnx(FlowNet2(NETWORKS["FlowNet2-s"], pair_mean=True)), tmp_path / "s.onnx")
-    assert rtx.build(rtx.parse(tmp_path / "s.onnx"), half=False) is not None
+    plan = rtx.build(rtx.parse(tmp_path / "s.onnx"), half=False)
+    tensorrt.write_whole(tmp_path / "model.plan", plan)
+    assert (tmp_path / "model.plan").read_bytes() == bytes(plan)
 
 
 @pytest.fixture(scope="module")
