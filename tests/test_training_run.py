@@ -1,6 +1,7 @@
 """Losses against closed forms, the factored network against the plain one, and short runs."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from export.networks import NETWORKS, FlowNet2
 from export.operators import correlation
+from training import train
 from training.cost import cost_volume
+from training.generator import Textures, load_textures
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
 from training.model import TrainingC
 from training.ship import finished_model
@@ -16,17 +19,32 @@ from training.train import (
     ResumeError,
     Trainer,
     UnsupportedNetworkError,
+    keep_memory,
     load_checkpoint,
     parse,
     parts_of,
     save_checkpoint,
 )
 
+MakeTrainer = Callable[..., Trainer]
 SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--exact", "--device", "cpu"]
 
 
-def trainer(folder: Path, *options: str) -> Trainer:
-    return Trainer(parse([*SMALL, "--validation", "1", "--out", str(folder), *options]))
+@pytest.fixture(scope="module")
+def textures() -> Textures:
+    keep_memory()
+    return load_textures(None)
+
+
+@pytest.fixture
+def trainer(textures: Textures, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+    """Makes runs that share one set of textures."""
+    monkeypatch.setattr(train, "load_textures", lambda path, device: textures)
+
+    def make(folder: Path, *options: str) -> Trainer:
+        return Trainer(parse([*SMALL, "--validation", "1", "--out", str(folder), *options]))
+
+    return make
 
 
 def test_the_cost_volume_is_the_exported_correlation_and_so_are_its_gradients() -> None:
@@ -73,7 +91,7 @@ def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
         torch.testing.assert_close(factored_flow, plain_flow, rtol=1e-4, atol=1e-5)
 
 
-def test_a_short_run_learns(tmp_path: Path) -> None:
+def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(
         tmp_path,
         "--steps",
@@ -98,13 +116,13 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
         assert model(image, image).shape == (1, 70, 90, 2)
 
 
-def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: MakeTrainer) -> None:
     def steps(run: Trainer, count: int) -> None:
         for _ in range(count):
             run.begin_due_part()
             run.train_step(elapsed=0.0)
 
-    options = ["--steps", "20", "--reuse", "1"]
+    options = ["--steps", "20", "--reuse", "2"]
     whole = trainer(tmp_path / "whole", *options)
     steps(whole, 12)
     first = trainer(tmp_path / "parts", *options)
@@ -120,7 +138,9 @@ def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path) -> None:
         assert torch.equal(value, second.ema[name]), name
 
 
-def test_a_cascade_trains_its_second_network_on_the_frozen_first(tmp_path: Path) -> None:
+def test_a_cascade_trains_its_second_network_on_the_frozen_first(
+    tmp_path: Path, trainer: MakeTrainer
+) -> None:
     run = trainer(tmp_path, "--network", "FlowNet2-cs", "--steps", "10", "--reuse", "4")
     while run.part.block != "net2":
         run.begin_due_part()
@@ -142,7 +162,9 @@ def test_shares_add_up_and_fusion_is_refused() -> None:
             assert sum(part.share for part in parts_of(network)) == pytest.approx(1)
 
 
-def test_a_checkpoint_comes_in_pieces_and_of_its_own_network_only(tmp_path: Path) -> None:
+def test_a_checkpoint_comes_in_pieces_and_of_its_own_network_only(
+    tmp_path: Path, trainer: MakeTrainer
+) -> None:
     state = {"network": "FlowNet2-s", "tensor": torch.arange(10_000_000, dtype=torch.float32)}
     save_checkpoint(tmp_path / "checkpoint", state)
     sizes = [piece.stat().st_size for piece in (tmp_path / "checkpoint").iterdir()]
