@@ -255,7 +255,7 @@ class Image:
 
     def run(self, command: str, **environment: str) -> "subprocess.Popen[bytes]":
         """Start a command as a container would: in this environment and no other."""
-        words = [str(BARE_PYTHON) if word == "python" else word for word in json.loads(command)]
+        words = [*BARE_PYTHON, *json.loads(command)[1:]]
         return subprocess.Popen(
             words,
             cwd=self.root,
@@ -265,7 +265,7 @@ class Image:
 
 
 # The interpreter without the packages that are installed for it.
-BARE_PYTHON = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+BARE_PYTHON = [f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}", "-S"]
 
 
 def link_distributions(requirements: Path, target: Path) -> None:
@@ -287,9 +287,10 @@ def link_distributions(requirements: Path, target: Path) -> None:
             if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in extras)
         ]
         for file in distribution.files or []:
-            top = file.parts[0]
-            if top != ".." and not (target / top).exists():
-                (target / top).symlink_to(Path(str(distribution.locate_file(top))))
+            # One by one: distributions share folders, such as google/.
+            if ".." not in file.parts and file.suffix != ".pyc":
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                (target / file).symlink_to(Path(str(distribution.locate_file(file))))
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +352,7 @@ def test_the_gateway_image_has_tracing_and_no_network_library(gateway_image: Ima
         f"print(json.dumps([one for one in {modules} if u.find_spec(one)]))"
     )
     done = subprocess.run(
-        [BARE_PYTHON, "-c", code],
+        [*BARE_PYTHON, "-c", code],
         env={"PATH": os.defpath, **gateway_image.environment},
         cwd=gateway_image.root,
         capture_output=True,
