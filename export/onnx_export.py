@@ -103,16 +103,20 @@ def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx
 
 @functools.cache  # takes longer than a thin network
 def _correlation_nodes(attributes: tuple[tuple[str, int], ...], half: bool) -> list[onnx.NodeProto]:
+    numbers = dict(attributes)
     dtype = torch.float16 if half else torch.float32
-    features = tuple(torch.zeros(2, 8, 24, 40, dtype=dtype) for _ in range(2))
+    # Features must be larger than the border that the output lacks.
+    border = numbers["max_displacement"] + numbers["kernel_size"] // 2 - numbers["pad"]
+    least = 2 + 2 * max(border, 0)
+    features = tuple(torch.zeros(2, 8, least + 22, least + 38, dtype=dtype) for _ in range(2))
     shape = {
         0: BATCH,
         1: Dim("channels", min=2, max=4096),
-        2: Dim("rows", min=2, max=4096),
-        3: Dim("columns", min=2, max=4096),
+        2: Dim("rows", min=least, max=4096),
+        3: Dim("columns", min=least, max=4096),
     }
     graph = _export(
-        _BandedCorrelation(dict(attributes)), features, (shape, shape), ["a", "b"], ["volume"]
+        _BandedCorrelation(numbers), features, (shape, shape), ["a", "b"], ["volume"]
     ).graph
     for node in graph.node:  # TensorRT warns of names that the network has too
         node.name = f"Correlation/{node.name}"
