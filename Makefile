@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 REPOSITORY := model_repository
+NETWORK ?= FlowNet2
 
-.PHONY: help serve test lint bench soak up model openapi lock clean
+.PHONY: help serve test lint bench soak up weights model openapi lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,6 +32,10 @@ soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minut
 
 up: ## the same service from docker-compose.yml: on the GPU where there is one
 	docker compose --profile $(if $(shell command -v nvidia-smi),gpu,cpu) up --build
+
+weights: | $(BIN)/python ## download official weights (research only) and export them: make weights NETWORK=FlowNet2
+	$(PIP_INSTALL) -e '.[serve,export]'
+	$(BIN)/python -m export.download --network $(NETWORK) --repository $(REPOSITORY)
 
 model: $(REPOSITORY)/flownet2/1/model.onnx ## the Triton model of the weights that ship
 
