@@ -17,10 +17,6 @@ class ServerMissing(LaunchError):
     """This Python environment does not have the wheel that carries tritonserver."""
 
 
-class NumPyTooNew(LaunchError):
-    """The wheel's Python backend exchanges arrays with NumPy 1 alone."""
-
-
 class StubMissing(LaunchError):
     """The wheel has no Python-backend stub for the running Python version."""
 

@@ -5,7 +5,6 @@ version); the product is a plain model repository, served the same way as by NVI
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -24,7 +23,6 @@ from pathlib import Path
 from launch.child import Child, Echo
 from launch.errors import (
     ModelMissing,
-    NumPyTooNew,
     ServerMissing,
     SharedLibraryMissing,
     StubMissing,
@@ -183,13 +181,7 @@ def _wheel() -> Path:
     if folder is None or not (folder / "bin" / "tritonserver").is_file():
         raise ServerMissing(
             "tritonserver is not installed in this Python environment: "
-            "`pip install nvidia-pytriton==0.7.0` (x86-64 and arm64 Linux only)"
-        )
-    numpy = importlib.metadata.version("numpy")
-    if int(numpy.partition(".")[0]) > 1:  # its arrays arrive empty, without any error
-        raise NumPyTooNew(
-            f"tritonserver's Python backend cannot exchange arrays with NumPy {numpy}: "
-            "`pip install 'numpy<2'` (which Python 3.13 has not: take Python 3.11 or 3.12)"
+            "`pip install --no-deps nvidia-pytriton==0.7.0` (x86-64 and arm64 Linux only)"
         )
     return folder
 

@@ -20,7 +20,6 @@ from launch.child import Child
 from launch.errors import (
     BadSetting,
     ModelMissing,
-    NumPyTooNew,
     PortUnavailable,
     ServerMissing,
     SharedLibraryMissing,
@@ -233,17 +232,6 @@ def test_missing_wheel_names_the_package(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with (
         pytest.raises(ServerMissing, match=r"pip install nvidia-pytriton"),
-        triton.serve(closed_form_repository),
-    ):
-        pass
-
-
-def test_numpy_2_is_refused_before_flows_come_back_empty(
-    closed_form_repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.0.1")
-    with (
-        pytest.raises(NumPyTooNew, match=r"NumPy 2\.0\.1: `pip install 'numpy<2'`"),
         triton.serve(closed_form_repository),
     ):
         pass
