@@ -38,6 +38,7 @@ Flow = npt.NDArray[np.float32]
 MINIMUM_SIZE = 16
 USUAL_SHAPE = (1, 512, 512, 3)  # what the gateway's default path asks for
 FLOW_CHANNELS = 2
+IMAGE_CHANNELS = 12  # at most, what a network reads: images, the warped one, flow and errors
 BF16 = openvino.Type.bf16
 # What the correlation is made of, and joins it with the features beside it.
 FOLLOWERS = {"Concat", "MatMul", "Multiply", "Pad", "PRelu", "Reshape", "Slice", "Transpose"}
@@ -121,15 +122,17 @@ def narrow(model: openvino.Model) -> None:
     OpenVINO's own bfloat16 mode converts everything: flow of hundreds of pixels, the coordinates
     that the warp computes from it, then have 8 bits. Here a convolution with its bias and its
     LeakyReLU becomes bfloat16, sums inside it being float32 as ever, unless it predicts or
-    upsamples a flow (two channels out). What only moves or compares features that are bfloat16
-    already, up to the cost volume, stays bfloat16; flow, images and warp stay float32.
+    upsamples a flow (two channels out) or reads images (12 channels in at most; these few layers
+    would cost nearly half of the accuracy lost). What only moves or compares features that are
+    bfloat16 already, up to the cost volume, stays bfloat16; images, flow and warp stay float32.
     """
     folding = Manager()
     folding.register_pass(ConstantFolding())  # leaves plain constants for biases and weights
     folding.run_passes(model)
     for node in model.get_ordered_ops():
         if node.get_type_name() in {"Convolution", "ConvolutionBackpropData"}:
-            if node.get_output_partial_shape(0)[1] != FLOW_CHANNELS:
+            reads, gives = node.get_input_partial_shape(0)[1], node.get_output_partial_shape(0)[1]
+            if gives != FLOW_CHANNELS and reads.get_length() > IMAGE_CHANNELS:
                 _narrow_nodes(_layer(node))
         elif node.get_type_name() in FOLLOWERS and _reads_bfloat16(node):
             _narrow_nodes([node])
