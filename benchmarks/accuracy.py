@@ -34,7 +34,7 @@ def compare(address: Address, network: str) -> str:
             image1, image2 = frames(folder)
             exact = run_eager(model.eval(), image1, image2)[0]
             served = infer(client, image1, image2)[0]
-            truth = read_flo(folder / "flow.flo")
+            truth = read_flo(folder / "gt.flo")
             rows.append([error(exact, truth), error(served, truth), error(served, exact)])
     names = [folder.name for folder in sample_folders()]
     rows.append([float(column) for column in np.mean(rows, axis=0)])

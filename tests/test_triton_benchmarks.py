@@ -24,7 +24,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             folder / f"frame{index}.png"
         )
     flow = random.normal(size=(40, 60, 2)).astype("<f4")
-    (folder / "flow.flo").write_bytes(b"PIEH" + struct.pack("<ii", 60, 40) + flow.tobytes())
+    (folder / "gt.flo").write_bytes(b"PIEH" + struct.pack("<ii", 60, 40) + flow.tobytes())
     monkeypatch.setattr(accuracy, "SAMPLES", folder.parent)
     return folder
 
@@ -99,8 +99,8 @@ def test_plain_web_layer_answers_as_the_gateway_does(
 
 
 def test_flo_file_is_read_as_written(sample: Path) -> None:
-    flow = accuracy.read_flo(sample / "flow.flo")
-    raw = (sample / "flow.flo").read_bytes()
+    flow = accuracy.read_flo(sample / "gt.flo")
+    raw = (sample / "gt.flo").read_bytes()
     assert flow.shape == (40, 60, 2)
     y, x = 7, 31
     assert tuple(flow[y, x]) == struct.unpack_from("<ff", raw, 12 + 8 * (60 * y + x))
