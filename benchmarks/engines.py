@@ -25,7 +25,7 @@ from launch import triton
 
 NETWORK = "FlowNet2"
 SIZE = 512
-ROUNDS = 7
+ROUNDS = 5
 
 Images = npt.NDArray[np.uint8]
 Estimate = Callable[[Images, Images], npt.NDArray[np.float32]]
