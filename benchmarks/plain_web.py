@@ -22,7 +22,7 @@ def create_app(client: grpc.InferenceServerClient) -> Flask:
     """The service, in front of a Triton."""
     app = Flask(__name__)
 
-    @app.post("/estimate_flow/")  # type: ignore[untyped-decorator]
+    @app.post("/estimate_flow/")
     def estimate_flow() -> Response:
         start = time.perf_counter()
         body = json.loads(request.data)

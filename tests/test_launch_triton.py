@@ -231,7 +231,7 @@ def test_missing_wheel_names_the_package(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with (
-        pytest.raises(ServerMissing, match=r"pip install nvidia-pytriton"),
+        pytest.raises(ServerMissing, match=r"pip install --no-deps nvidia-pytriton"),
         triton.serve(closed_form_repository),
     ):
         pass
