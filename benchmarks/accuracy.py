@@ -55,8 +55,7 @@ def sample_folders() -> list[Path]:
 def frames(folder: Path) -> tuple[Images, Images]:
     """The two images of a sample, each ``[1, H, W, 3]``."""
     first, second = (
-        np.array(Image.open(folder / f"frame{index}.png").convert("RGB"))[None]
-        for index in (0, 1)
+        np.array(Image.open(folder / f"frame{index}.png").convert("RGB"))[None] for index in (0, 1)
     )
     return first, second
 
