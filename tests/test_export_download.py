@@ -81,8 +81,8 @@ class Archive:
             handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         body = body[: self.drops.pop(0)] if self.drops else body
+        self.sent.append(len(body))  # before the client has them, and can look here
         handler.wfile.write(body)
-        self.sent.append(len(body))
 
 
 @pytest.fixture
