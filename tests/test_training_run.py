@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
 from export.networks import NETWORKS, FlowNet2
 from export.operators import correlation
+from export.weights import WeightsError, load_weights, save_weights
 from training import train
 from training.cost import cost_volume
 from training.generator import Textures, load_textures
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
-from training.model import TrainingC
+from training.model import TrainingC, carry_flow, channel_means, initialise, standardise
 from training.ship import finished_model
 from training.train import (
     ResumeError,
@@ -151,6 +153,44 @@ def test_a_cascade_trains_its_second_network_on_the_frozen_first(
     assert not torch.equal(run.trainee.module.encoder["conv1"].weight, before)
     for name, value in run.model.blocks["net1"].state_dict().items():
         assert torch.equal(value, frozen[name]), name
+
+
+def test_a_refining_network_begins_with_the_flow_that_it_is_given() -> None:
+    block = FlowNet2(NETWORKS["FlowNet2-cs"]).blocks["net2"]
+    initialise(block, seed=1)
+    images = torch.rand(2, 9, 128, 192)
+    flow = torch.randn(2, 2, 128, 192)
+    inputs = torch.cat((images, flow, torch.rand(2, 1, 128, 192)), 1)
+    standardise(block, lambda: block(inputs))
+    carry_flow(block)
+    with torch.no_grad():
+        predictions = block(inputs)
+    assert len(predictions) == 5
+    for level, prediction in zip((6, 5, 4, 3, 2), predictions, strict=True):
+        torch.testing.assert_close(prediction, avg_pool2d(flow, 2**level), atol=1e-5, rtol=0)
+
+
+def test_a_network_is_stacked_on_a_weights_file(tmp_path: Path, trainer: MakeTrainer) -> None:
+    first = FlowNet2(NETWORKS["FlowNet2-s"])
+    channel_means(first)
+    for name, block in first.blocks.items():
+        initialise(block, seed=len(name))
+    weights = tmp_path / "s.safetensors"
+    save_weights(first, weights, "a test", "none")
+    options = ("--network", "FlowNet2-ss", "--on", str(weights), "--steps", "2")
+    run = trainer(tmp_path / "ss", *options)
+    assert [part.name for part in run.parts] == ["net2 flow"]
+    run.run()
+    stored = load_weights(NETWORKS["FlowNet2-s"], weights)[0].state_dict()
+    model, _ = finished_model(tmp_path / "ss")
+    for name, value in stored.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    with pytest.raises(ResumeError, match="with --on"):
+        trainer(tmp_path / "ss", "--network", "FlowNet2-ss", "--steps", "2")
+    with pytest.raises(WeightsError, match="looks like FlowNet2-s"):
+        trainer(tmp_path / "cs", "--network", "FlowNet2-cs", "--on", str(weights))
+    with pytest.raises(UnsupportedNetworkError, match="without --on"):
+        trainer(tmp_path / "s", "--network", "FlowNet2-s", "--on", str(weights))
 
 
 def test_shares_add_up_and_fusion_is_refused() -> None:

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.networks import Conv, FlowNet2, FlowNetC
+from export.networks import Conv, EncoderDecoder, FlowNet2, FlowNetC
 from training.cost import RADIUS, cost_volume
 
 SPEED = 20.0
+FLOW_CHANNELS = (9, 10)  # of a refining S's inputs
 
 
 def displacement_basis() -> Tensor:
@@ -178,6 +179,40 @@ def standardise(
         forward()
     for hook in hooks:
         hook.remove()
+
+
+def carry_flow(block: EncoderDecoder) -> None:
+    """Have a refining S begin with the flow that it is given, as the mean over each level's cells.
+
+    Four channels of every encoder layer hand on u, -u, v and -v, which outlive LeakyReLU together:
+    f(x) - f(-x) = 1.1 x. Every prediction starts as what they carry, so that training learns a
+    correction from the first step on.
+    """
+
+    def read(weight: Tensor, value: float) -> None:
+        """Weights [2, inputs, k, k] of u and v from the four channels."""
+        for component in (0, 1):
+            weight[component, 2 * component] = value / 1.1
+            weight[component, 2 * component + 1] = -value / 1.1
+
+    with torch.no_grad():
+        for name, layer in block.encoder.items():
+            assert isinstance(layer, Conv)
+            assert layer.bias is not None
+            (step, _), middle = layer.stride, layer.kernel_size[0] // 2
+            cell = slice(middle, middle + step)  # the inputs under one output
+            flow = torch.zeros_like(layer.weight[:2])
+            if name == "conv1":
+                flow[[0, 1], FLOW_CHANNELS, cell, cell] = 1 / step**2
+            else:
+                read(flow[:, :, cell, cell], 1 / step**2)
+            layer.weight[:4] = torch.stack((flow[0], -flow[0], flow[1], -flow[1]))
+            layer.bias[:4] = 0
+        for name, layer in block.decoder.named_children():
+            if name.startswith("predict"):
+                assert isinstance(layer, Conv)
+                nn.init.zeros_(layer.weight)
+                read(layer.weight[:, :, 1:2, 1:2], 1.0)
 
 
 def channel_means(model: FlowNet2, mean: float = 0.45) -> None:

@@ -13,7 +13,7 @@ import torch
 from export.networks import NETWORKS, FlowNet2
 from export.weights import save_weights
 from training.model import TrainingC
-from training.train import Trainee, load_checkpoint, parts_of
+from training.train import Trainee, load_checkpoint
 
 LICENSE = "GPL-3.0-or-later"
 
@@ -23,8 +23,7 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     state = load_checkpoint(folder / "checkpoint")
     network = NETWORKS[state["network"]]
     model = FlowNet2(network)
-    part = parts_of(network)[state["part"]]
-    trainee = Trainee(model, part.block)
+    trainee = Trainee(model, state["blocks"][state["part"]])
     model.load_state_dict(state["model"])
     with torch.no_grad():
         for name, parameter in trainee.named_parameters():

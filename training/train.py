@@ -3,9 +3,13 @@
     python -m training.train --network FlowNet2-c --minutes 100 --out runs/c
 
 One sub-network after the other, each on the frozen ones before it, as in the paper; FlowNetC first
-learns to match features. `--minutes` (or `--steps`) drives the learning rate down to zero, so that
-the end of the budget is the end of the schedule. Started again with the same arguments, a run goes
-on from its last checkpoint, to the step: model, optimizer, schedule, random states and scenes.
+learns to match features. `--on` takes all but the last from a weights file instead:
+
+    python -m training.train --network FlowNet2-cs --on weights/flownet2.safetensors --out runs/cs
+
+`--minutes` (or `--steps`) drives the learning rate down to zero, so that the end of the budget is
+the end of the schedule. Started again with the same arguments, a run goes on from its last
+checkpoint, to the step: model, optimizer, schedule, random states and scenes.
 
 The folder `--out` gets `checkpoint/` (pieces below 16 MB), `log.csv`, `validation.csv` and, where
 matplotlib is installed, `curve.png`.
@@ -29,11 +33,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.networks import FLOW_SCALE, NETWORKS, SD_FLOW_SCALE, FlowNet2, FlowNetC, Network
+from export.networks import (
+    FLOW_SCALE,
+    NETWORKS,
+    SD_FLOW_SCALE,
+    EncoderDecoder,
+    FlowNet2,
+    FlowNetC,
+    Network,
+)
 from export.operators import resample, upsample_aligned
 from training.generator import Textures, load_textures, render
 from training.loss import endpoint_error, matching_loss, multiscale_loss
-from training.model import TrainingC, channel_means, initialise, standardise
+from training.model import TrainingC, carry_flow, channel_means, initialise, standardise
 from training.pool import Batch, ScenePool, photometric
 from training.workers import Workers
 
@@ -89,8 +101,9 @@ SHARES = {1: (1.0,), 2: (0.65, 0.35), 3: (0.5, 0.25, 0.25)}
 MATCHING_SHARE = 0.12
 
 
-def parts_of(network: Network) -> list[Part]:
-    """The parts in which a network is trained; shares add up to one."""
+def parts_of(network: Network, last_only: bool = False) -> list[Part]:
+    """The parts in which a network, or the last one of its cascade, is trained; shares add up to
+    one."""
     if network.fusion:
         raise UnsupportedNetworkError(
             f"{network.name} ends in a fusion network, which is not trained here; "
@@ -104,7 +117,28 @@ def parts_of(network: Network) -> list[Part]:
         if matching:
             parts.append(Part(block, True, matching))
         parts.append(Part(block, False, share - matching))
+    if last_only:
+        return [Part(parts[-1].block, False, 1.0)]
     return parts
+
+
+def cascade_before(network: Network, path: Path) -> FlowNet2:
+    """The cascade without its last network, from a weights file.
+
+    Raises:
+        UnsupportedNetworkError: the cascade has one network only, or the file no stored means.
+        WeightsError: the file is unreadable or of another network.
+    """
+    from export.weights import load_weights  # noqa: PLC0415 - asks for more than PyTorch and NumPy
+
+    if len(network.cascade) == 1:
+        raise UnsupportedNetworkError(f"{network.name} is one network: train it without --on")
+    wanted = (network.cascade[:-1], network.width)
+    before = next(one for one in NETWORKS.values() if (one.cascade, one.width) == wanted)
+    model, _ = load_weights(before, path)
+    if model.pair_mean:
+        raise UnsupportedNetworkError(f"{path.name} has no stored means; training subtracts those")
+    return model
 
 
 class Trainee(nn.Module):
@@ -140,17 +174,21 @@ class Trainee(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Predictions, coarsest first, and FlowNetC's cost volume."""
-        images = images - self._model[0].mean1.view(3, 1, 1)
+        images = images - self.means()
         if isinstance(self.module, TrainingC):
             features, cost = self.module.features(images)
             return self.module.decode(features, cost), cost
         inputs = self.inputs(images).contiguous(memory_format=torch.channels_last)
         return self.module(inputs), None
 
+    def means(self) -> Tensor:
+        """What is subtracted from the images: [2, 1, 3, 1, 1]."""
+        return torch.stack((self._model[0].mean1, self._model[0].mean2))[:, None]
+
     def cost(self, images: Tensor) -> Tensor:
         """FlowNetC's cost volume alone."""
         assert isinstance(self.module, TrainingC)
-        images = images - self._model[0].mean1.view(3, 1, 1)
+        images = images - self.means()
         return self.module.features(images)[1]
 
 
@@ -194,10 +232,13 @@ class Trainer:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.network = NETWORKS[arguments.network]
-        self.parts = parts_of(self.network)
+        self.parts = parts_of(self.network, arguments.on is not None)
         self.textures: Textures = load_textures(arguments.textures, self.device)
         self.model = FlowNet2(self.network)
         channel_means(self.model)
+        if arguments.on:
+            before = cascade_before(self.network, arguments.on)
+            self.model.load_state_dict(before.state_dict(), strict=False)
         self.model.to(self.device)
         self.workers = Workers(arguments.workers)
         self.random = torch.Generator().manual_seed(arguments.seed + (self.workers.rank << 16))
@@ -260,6 +301,8 @@ class Trainer:
             self.trainee.module.fold_temperature()
             stem = self.trainee.module.block.stem
             standardise(self.trainee, lambda: self.trainee(images), keep=stem)
+        if isinstance(self.trainee.module, EncoderDecoder) and self.trainee.position > 1:
+            carry_flow(self.trainee.module)
         # Every worker has standardised on images of its own.
         self.workers.share([parameter.data for parameter in self.trainee.parameters()])
         self.begin_optimizer()
@@ -267,6 +310,8 @@ class Trainer:
     def take_trainee(self) -> None:
         trainee = Trainee(self.model, self.part.block).to(self.device)
         self.trainee = trainee.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for frozen in list(self.model.blocks.values())[: trainee.position - 1]:
+            frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def begin_optimizer(self) -> None:
         """A fresh optimizer and average of the trainee's weights."""
@@ -299,7 +344,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         return {
             "network": self.network.name,
-            "budget": [float(self.arguments.minutes), int(self.arguments.steps or 0)],
+            "blocks": [part.block for part in self.parts],
             "model": self.model.state_dict(),
             "trainee": self.trainee.state_dict(),
             "ema": self.ema,
@@ -324,6 +369,11 @@ class Trainer:
             raise ResumeError(
                 f"{self.out} holds a run of {state['network']}; choose another --out, or "
                 f"--network {state['network']}"
+            )
+        if state["blocks"] != [part.block for part in self.parts]:
+            raise ResumeError(
+                f"{self.out} holds a run with{'out' if self.arguments.on else ''} --on; choose "
+                "another --out, or start it again as it was"
             )
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.checked = state["checked"]
@@ -554,6 +604,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=25.0, help="time budget")
     parser.add_argument("--steps", type=int, help="budget in steps, instead of --minutes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--on", type=Path, help="weights of the cascade but for its last network, trained alone"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--textures", type=Path, help="file of training.textures")
     parser.add_argument("--seed", type=int, default=1)
