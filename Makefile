@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 REPOSITORY := model_repository
 NETWORK ?= FlowNet2
 
-.PHONY: help serve test lint bench soak up weights model openapi lock clean
+.PHONY: help serve test lint bench soak parity up weights model openapi lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -29,6 +29,9 @@ bench: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## the benchmarks, as ta
 
 soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minute, a Triton killed in the middle
 	$(BIN)/python -m benchmarks.soak
+
+parity: $(VENV)/.dev ## ONNX Runtime against PyTorch, every network at every size
+	$(BIN)/python -m pytest -q -s -m long
 
 up: ## the same service from docker-compose.yml: on the GPU where there is one
 	docker compose --profile $(if $(shell command -v nvidia-smi),gpu,cpu) up --build

@@ -12,17 +12,13 @@ import pytest
 from PIL import Image
 from stack import MODEL, ROOT, Stack, run_stack
 
+from training.pairs import read_flo
+
 SAMPLES = sorted(path.parent for path in (ROOT / "samples").glob("*/gt.flo"))
 
 pytestmark = pytest.mark.skipif(
     not MODEL.is_file(), reason="the model is not built: `make model` does it"
 )
-
-
-def read_flo(path: Path) -> np.ndarray:
-    data = path.read_bytes()
-    width, height = np.frombuffer(data, "<i4", 2, 4)
-    return np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2)
 
 
 def post(stack: Stack, *images: bytes, **options: object) -> httpx.Response:
@@ -40,7 +36,7 @@ def test_there_are_samples() -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
 def test_flow_is_right(stack: Stack, sample: Path) -> None:
-    truth = read_flo(sample / "gt.flo")
+    truth, _ = read_flo(sample / "gt.flo")
     height, width, _ = truth.shape
     frames = [(sample / f"frame{i}.png").read_bytes() for i in (0, 1)]
 

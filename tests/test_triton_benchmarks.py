@@ -1,7 +1,6 @@
 """What the benchmarks measure with: perf_analyzer, the plain web layer, the small functions."""
 
 import base64
-import struct
 from pathlib import Path
 
 import httpx
@@ -23,8 +22,6 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8)).save(
             folder / f"frame{index}.png"
         )
-    flow = random.normal(size=(40, 60, 2)).astype("<f4")
-    (folder / "gt.flo").write_bytes(b"PIEH" + struct.pack("<ii", 60, 40) + flow.tobytes())
     monkeypatch.setattr(accuracy, "SAMPLES", folder.parent)
     return folder
 
@@ -96,20 +93,6 @@ def test_plain_web_layer_answers_as_the_gateway_does(
     assert all(
         0 < own < whole for own, whole in zip(measured.own_times, measured.latencies, strict=True)
     )
-
-
-def test_flo_file_is_read_as_written(sample: Path) -> None:
-    flow = accuracy.read_flo(sample / "gt.flo")
-    raw = (sample / "gt.flo").read_bytes()
-    assert flow.shape == (40, 60, 2)
-    y, x = 7, 31
-    assert tuple(flow[y, x]) == struct.unpack_from("<ff", raw, 12 + 8 * (60 * y + x))
-
-
-def test_error_leaves_out_what_nobody_knows() -> None:
-    flow = np.zeros((1, 3, 2), np.float32)
-    truth = np.array([[[3, 4], [1e10, 1e10], [np.nan, 0]]], np.float32)
-    assert accuracy.error(flow, truth) == pytest.approx(5)
 
 
 @pytest.mark.parametrize(("percent", "value"), [(1, 1), (50, 10), (95, 19), (96, 20), (100, 20)])
