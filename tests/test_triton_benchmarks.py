@@ -6,9 +6,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
+from correlation_cases import Case, brute_force
 from PIL import Image
 
-from benchmarks import accuracy, perf_analyzer, report, web
+from benchmarks import accuracy, gpu, perf_analyzer, report, web
+from export.operators import correlation
 from launch import triton
 
 
@@ -107,3 +110,20 @@ def test_table_is_markdown() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.00123, "1.2"), (0.0999, "99.9"), (2.5, "2500")])
 def test_milliseconds(seconds: float, text: str) -> None:
     assert report.milliseconds(seconds) == text
+
+
+def test_the_gpu_benchmark_gives_the_kernel_what_the_network_means() -> None:
+    def kernel(case: Case, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(torch.from_numpy(brute_force(case, a.numpy(), b.numpy())))
+
+    a, b = torch.randn(2, 1, 4, 6, 9)
+    torch.testing.assert_close(gpu.correlation_with(kernel)(a, b), correlation(a, b))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_what_it_lacks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err == "benchmarks.gpu: no GPU that PyTorch can use\n"
