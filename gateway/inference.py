@@ -15,6 +15,7 @@ from gateway.encoding import Flow
 from gateway.errors import (
     DeadlineExceeded,
     GatewayError,
+    ImageTooLarge,
     InferenceUnavailable,
     ModelFailed,
     QueueFull,
@@ -81,6 +82,13 @@ def classify(error: InferenceServerException) -> GatewayError | EndpointLost:
         return DeadlineExceeded("The flow was not ready before the request's deadline.")
     if code == "UNAVAILABLE" and "Exceeds maximum queue size" in message:
         return QueueFull("The model's queue is full. Try again later.")
+    # TensorRT's backend, for a size outside of the ranges that the engine was built for.
+    if "Optimization Profile" in message or "specifies invalid shape" in message:
+        return ImageTooLarge(
+            "The images are larger than the model's TensorRT engine takes on this GPU. "
+            "Send smaller ones, or leave size=native out.",
+            field="size",
+        )
     connection_lost = code == "UNKNOWN" and "Stream removed" in message
     model_gone = code == "NOT_FOUND" or "Stub process" in message
     if code in ("UNAVAILABLE", "CANCELLED") or connection_lost or model_gone:
@@ -200,7 +208,8 @@ class Endpoint:
 
         Raises:
             EndpointLost: another endpoint may answer.
-            DeadlineExceeded, QueueFull, ModelFailed: no other endpoint would do better.
+            DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: no other endpoint would do
+                better.
         """
         height, width, _ = image1.shape
         inputs = []
@@ -330,7 +339,7 @@ class Cluster:
 
         Raises:
             InferenceUnavailable: no endpoint, or two were lost.
-            DeadlineExceeded, QueueFull, ModelFailed: as Triton said.
+            DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: as Triton said.
         """
         lost: list[Endpoint] = []
         for _ in range(2):

@@ -21,7 +21,13 @@ from gateway_stack import (
 )
 from tritonclient.utils import InferenceServerException
 
-from gateway.errors import DeadlineExceeded, InferenceUnavailable, ModelFailed, QueueFull
+from gateway.errors import (
+    DeadlineExceeded,
+    ImageTooLarge,
+    InferenceUnavailable,
+    ModelFailed,
+    QueueFull,
+)
 from gateway.inference import Cluster, Endpoint, EndpointLost, check_flow, classify
 from launch import triton
 
@@ -42,6 +48,16 @@ IMAGE = np.zeros((16, 16, 3), np.uint8)
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
         ("INTERNAL", "CUDA out of memory", ModelFailed),
         ("INVALID_ARGUMENT", "unexpected shape", ModelFailed),
+        (
+            "INVALID_ARGUMENT",
+            "failed to find any Optimization Profile among [ 0[0] 1[1]] to support the requested …",
+            ImageTooLarge,
+        ),
+        (
+            "INVALID_ARGUMENT",
+            "request specifies invalid shape for input 'image1' for flownet2_0_gpu0. Error …",
+            ImageTooLarge,
+        ),
     ],
 )
 def test_meanings(status: str, message: str, meaning: type[Exception]) -> None:
