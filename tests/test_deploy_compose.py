@@ -167,6 +167,16 @@ def test_containers_have_no_more_rights_than_they_need() -> None:
             assert service["mem_limit"], name
 
 
+def test_nobody_logs_in_to_grafana() -> None:
+    settings = services()["grafana"]["environment"]
+    assert settings["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
+    assert "GF_AUTH_ANONYMOUS_ORG_ROLE" not in settings, "a viewer unless told otherwise"
+    # Neither by form nor by HTTP's own authentication; and no admin has the password admin.
+    assert settings["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert settings["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert settings["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+
+
 # Monitoring ------------------------------------------------------------------------------------
 
 
