@@ -140,7 +140,11 @@ def channel_norm(x: Tensor) -> Tensor:
 
 
 def resample(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resize with half-pixel centres (Caffe layer ``Resample``, LINEAR)."""
+    """Bilinear resize with half-pixel centres (Caffe layer ``Resample``, LINEAR).
+
+    That layer also swaps the axes' scales in its half-pixel offset and smooths where it shrinks;
+    neither is followed here, and neither shows at multiples of 64.
+    """
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
 
 

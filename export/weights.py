@@ -126,7 +126,7 @@ def read_weights(path: Path) -> WeightFile:
         raise WeightsError(f"{path}: {error.strerror}") from error
     if head.startswith(b"\x89HDF"):
         return _read_hdf5(path)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")) or head[257:262] == b"ustar":
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
         return _read_nvidia(path)
     if head[8:9] == b"{":
         return _read_safetensors(path)
@@ -158,8 +158,11 @@ def differences(network: Network, file: WeightFile) -> list[str]:
             misshapen.append(
                 f"layer {names[0]} has shape {_shape(stored.weight)}, not {_shape(module.weight)}"
             )
-        elif stored.bias is not None and stored.bias.shape != (len(stored.bias),):
-            misshapen.append(f"the bias of layer {names[0]} has shape {_shape(stored.bias)}")
+        elif stored.bias is not None and stored.bias.shape != module.bias.shape:  # type: ignore[union-attr]
+            misshapen.append(
+                f"the bias of layer {names[0]} has shape {_shape(stored.bias)}, "
+                f"not {_shape(module.bias)}"  # type: ignore[arg-type]
+            )
     left_over = [f"layer {name} is left over" for name in file.layers if name not in expected]
     return misshapen + missing + left_over
 
@@ -180,7 +183,7 @@ def _likeness(file: WeightFile) -> str:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return "x".join(map(str, tensor.shape)) or "of a single number"
 
 
 def _rgb_to_bgr(weight: Tensor) -> Tensor:
@@ -223,7 +226,7 @@ def _read_hdf5(path: Path) -> WeightFile:
     try:
         with h5py.File(path, "r") as file:
             group = file.get("data")
-            if group is None:
+            if not isinstance(group, h5py.Group):
                 raise WeightsError(f"{path.name}: an HDF5 file without Caffe's group /data")
             blobs = {
                 name: [np.asarray(layer[str(i)]) for i in range(len(layer))]
@@ -413,9 +416,9 @@ def _read_safetensors(path: Path) -> WeightFile:
     except SafetensorError as error:
         raise WeightsError(f"{path.name}: broken safetensors file: {error}") from error
     try:
-        means = [json.loads(metadata[key]) for key in ("mean1", "mean2")]
+        mean1, mean2 = (_mean(json.loads(metadata[key])) for key in ("mean1", "mean2"))
         source, license = metadata["source"], metadata["license"]
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path.name}: safetensors without our metadata ({error})") from error
     layers = {
         name.removesuffix(".weight"): Layer(
@@ -424,5 +427,9 @@ def _read_safetensors(path: Path) -> WeightFile:
         for name, tensor in tensors.items()
         if name.endswith(".weight")
     }
-    mean1, mean2 = (None if mean is None else torch.tensor(mean) for mean in means)
     return WeightFile(layers, own_names, source, license, mean1, mean2)
+
+
+def _mean(numbers: Any) -> Tensor | None:
+    """A stored mean; TypeError or RuntimeError where it is not one number for each channel."""
+    return None if numbers is None else torch.tensor(numbers, dtype=torch.float32).view(3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from caffe_reference import Blobs, make_blobs, write_h5
 from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
+from safetensors.torch import save_file
 
 from export.networks import NETWORKS, FlowNet2
 from export.weights import (
@@ -152,6 +153,10 @@ def test_pair_mean_is_of_both_images_together() -> None:
             lambda b: b.update(conv3=[np.zeros((96, 48, 3, 3), "f"), b["conv3"][1]]),
             "layer conv3 has shape 96x48x3x3, not 96x48x5x5",
         ),
+        (
+            lambda b: b.update(conv3=[b["conv3"][0], np.zeros(1, "f")]),
+            "the bias of layer conv3 has shape 1, not 96",
+        ),
         (lambda b: b.pop("img1s_aug"), "layer img1s_aug with the per-channel mean"),
     ],
 )
@@ -167,6 +172,14 @@ def test_the_network_that_a_file_holds_is_named(tmp_path: Path) -> None:
     path = write_h5(tmp_path / "FlowNet2.caffemodel.h5", make_blobs(["c", "s"], 3 / 8))
     with pytest.raises(WeightsError, match=r"looks like FlowNet2-cs$"):
         load_weights(NETWORKS["FlowNet2"], path)
+
+
+@pytest.mark.parametrize("mean", ["[0.5]", '"half"', "{}", "[0.5, 0.5"])
+def test_means_that_are_not_three_numbers_are_named(mean: str, tmp_path: Path) -> None:
+    metadata = {"mean1": mean, "mean2": mean, "source": "a test", "license": "none"}
+    save_file({"net1.conv1.weight": torch.zeros(24, 3, 7, 7)}, tmp_path / "c", metadata)
+    with pytest.raises(WeightsError, match="c: safetensors without our metadata"):
+        load_weights(THIN_C, tmp_path / "c")
 
 
 class Exploit:

@@ -16,6 +16,7 @@ from training.cost import cost_volume
 from training.generator import Textures, load_textures
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
 from training.model import TrainingC, carry_flow, channel_means, initialise, standardise
+from training.pool import ScenePool
 from training.ship import finished_model
 from training.train import (
     ResumeError,
@@ -91,6 +92,17 @@ def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
         after = block(images[0], images[1])
     for factored_flow, plain_flow in zip(before, after, strict=True):
         torch.testing.assert_close(factored_flow, plain_flow, rtol=1e-4, atol=1e-5)
+
+
+def test_what_leaves_the_crop_is_hidden(textures: Textures) -> None:
+    pool = ScenePool(textures, capacity=8, crop=(64, 128), displacement=3.0, seed=5)
+    batch = pool.draw(16, 1.0, torch.Generator().manual_seed(0))
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
+    column, row = (x + batch.flow[:, 0]).round(), (y + batch.flow[:, 1]).round()
+    outside = (column < 0) | (row < 0) | (column > 127) | (row > 63)
+    assert 0 < outside.float().mean() < 1
+    assert batch.occluded[outside].all()
+    assert not batch.occluded.all()
 
 
 def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
@@ -210,6 +222,10 @@ def test_a_checkpoint_comes_in_pieces_and_of_its_own_network_only(
     sizes = [piece.stat().st_size for piece in (tmp_path / "checkpoint").iterdir()]
     assert len(sizes) == 3
     assert max(sizes) < 16_000_000
+    assert torch.equal(load_checkpoint(tmp_path / "checkpoint")["tensor"], state["tensor"])
+    # As an interruption in the middle of the next write leaves it.
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    (tmp_path / "checkpoint.new").mkdir()
     assert torch.equal(load_checkpoint(tmp_path / "checkpoint")["tensor"], state["tensor"])
     with pytest.raises(ResumeError, match="FlowNet2-s"):
         trainer(tmp_path, "--network", "FlowNet2-c", "--steps", "1")

@@ -53,6 +53,14 @@ def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
     return images.addcmul_(noise, sigma).clamp_(0, 1)
 
 
+def leaves(flow: Tensor) -> Tensor:
+    """Where a flow [2, h, w] points out of the image, bool [h, w]."""
+    height, width = flow.shape[1:]
+    x = flow[0] + torch.arange(width, device=flow.device)
+    y = flow[1] + torch.arange(height, device=flow.device)[:, None]
+    return (x < -0.5) | (y < -0.5) | (x > width - 0.5) | (y > height - 0.5)
+
+
 class ScenePool:
     """A ring of rendered scenes. Each is cropped, flipped and recoloured afresh whenever drawn.
 
@@ -110,6 +118,7 @@ class ScenePool:
             frame = self.frames[:, scene, :, rows, columns]
             flow = self.flow[scene, :, rows, columns]
             hidden = self.occluded[scene, rows, columns]
+            hidden = hidden | leaves(flow)
             axes = [axis for axis, flip in ((-1, flip_x), (-2, flip_y)) if flip]
             sign = torch.tensor([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0])
             frames.append(frame.flip(axes))

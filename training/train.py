@@ -199,11 +199,6 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.03) / 0.97)))
 
 
-def pieces(folder: Path) -> list[Path]:
-    """The files of a checkpoint, in order."""
-    return sorted(folder.glob("*.bin"))
-
-
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` as pieces below 16 MB; an interrupted write leaves the last one whole."""
     buffer = io.BytesIO()
@@ -214,13 +209,24 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     fresh.mkdir(parents=True)
     for number, start in enumerate(range(0, len(content), PIECE_BYTES)):
         (fresh / f"{number:03}.bin").write_bytes(content[start : start + PIECE_BYTES])
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether :func:`save_checkpoint` has written there."""
+    return folder.exists() or folder.with_suffix(".old").exists()
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read what :func:`save_checkpoint` wrote, without executing anything in it."""
-    content = b"".join(piece.read_bytes() for piece in pieces(folder))
+    """Read what :func:`save_checkpoint` wrote last, without executing anything in it."""
+    if not folder.exists():  # a write was interrupted between its two renamings
+        folder = folder.with_suffix(".old")
+    content = b"".join(piece.read_bytes() for piece in sorted(folder.glob("*.bin")))
     state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     return state
 
@@ -250,7 +256,7 @@ class Trainer:
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.log: list[tuple[float, float]] = []
-        if pieces(self.out / "checkpoint"):
+        if has_checkpoint(self.out / "checkpoint"):
             self.restore(load_checkpoint(self.out / "checkpoint"))
         else:
             self.begin_part()
