@@ -1,8 +1,8 @@
 """`python -m launch`: tritonserver and the gateway together, until Ctrl-C or SIGTERM.
 
-Environment: HOST (127.0.0.1), PORT (5003, the gateway), TRITON_HTTP_PORT (8000), TRITON_GRPC_PORT
-(8001), TRITON_METRICS_PORT (8002), MODEL_REPOSITORY (`model_repository` of this checkout); the
-gateway reads its own variables besides.
+Environment: HOST (127.0.0.1; an IPv4 address or a name of one), PORT (5003, the gateway),
+TRITON_HTTP_PORT (8000), TRITON_GRPC_PORT (8001), TRITON_METRICS_PORT (8002), MODEL_REPOSITORY
+(`model_repository` of this checkout); the gateway reads its own variables besides.
 """
 
 import os
@@ -23,7 +23,10 @@ def main() -> int:
     """Run both servers; 0 after a signal, 1 when one cannot start or ends by itself."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+        # Under nohup the end of the terminal stays ignored. SIGINT does not: what a script starts
+        # with `&` begins with it ignored, and would outlive a Ctrl-C of that script.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: stop.set())
 
     def log(name: str, line: str) -> None:
         try:

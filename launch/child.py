@@ -15,10 +15,12 @@ from launch.errors import StartFailed
 
 KEPT_LINES = 400
 
-# Triton's error level, or an exception's last line; and what Triton prints at every failed start
-# or on every machine without a GPU.
-TELLING = re.compile(r"Z E \d+ |^\w*(Error|Exception): ")
+# Triton's error level, an exception's last line, or a crash in C++; and what Triton prints at every
+# failed start or on every machine without a GPU.
+TELLING = re.compile(r"Z E \d+ |^\w*(Error|Exception): |^terminate called ")
 USUAL = re.compile(r"CudaDriverHelper|Internal - failed to load all models")
+# The C++ runtime's last words. Where a stub of the Python backend speaks them, Triton waits on.
+CRASH = re.compile(r"^terminate called ")
 
 Echo = Callable[[str], None]
 
@@ -28,7 +30,8 @@ class Child:
 
     It leads its own process group, so that Ctrl-C in a terminal reaches only the launcher, which
     then stops its children in order. The kernel sends it SIGTERM when the launcher dies, however
-    that happens (`setpriv --pdeathsig`, from util-linux, which every Debian has).
+    that happens (`setpriv --pdeathsig`, from util-linux, which every Debian has); to be exact,
+    when the thread that started it ends: start it from one that lives as long as it shall.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Child:
         self.name = name
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._echo = echo
+        self._crashed = threading.Event()
         self._process = subprocess.Popen(  # noqa: S603
             ["/usr/bin/setpriv", "--pdeathsig", "TERM", "--", *map(str, command)],
             env=dict(environment),
@@ -76,7 +80,7 @@ class Child:
         """Wait until `ready()`; False when `stop` was set first.
 
         Raises:
-            StartFailed: the child ended, or `seconds` passed.
+            StartFailed: the child ended, a process of its own crashed, or `seconds` passed.
         """
         deadline = time.monotonic() + seconds
         while not ready():
@@ -87,6 +91,8 @@ class Child:
                     f"{self.name} ended with exit status {status} before it was ready: "
                     f"{self._reason()}"
                 )
+            if self._crashed.is_set():
+                raise StartFailed(f"{self.name} crashed before it was ready: {self._reason()}")
             if time.monotonic() > deadline:
                 raise StartFailed(
                     f"{self.name} was not ready within {seconds:.0f} s: {self._reason()}"
@@ -118,9 +124,11 @@ class Child:
         for line in self._process.stdout or ():
             self.lines.append(line.rstrip("\n"))
             self._echo(self.lines[-1])
+            if CRASH.search(line):
+                self._crashed.set()
 
     def _reason(self) -> str:
         """The output line that most likely says what went wrong."""
-        lines = [line.strip() for line in self.lines if line.strip()]
+        lines = [line.strip() for line in list(self.lines) if line.strip()]
         telling = [line for line in lines if TELLING.search(line) and not USUAL.search(line)]
         return (telling or lines or ["it printed nothing"])[-1]

@@ -9,6 +9,24 @@ from collections.abc import Mapping
 from launch.errors import BadSetting, PortUnavailable
 
 
+def host_from_environment(variable: str, default: str) -> str:
+    """The address that an environment variable names, as four numbers.
+
+    A name is looked up here, once: Triton's HTTP server takes numbers alone.
+
+    Raises:
+        BadSetting: it has no IPv4 address.
+    """
+    text = os.environ.get(variable) or default
+    try:
+        return str(socket.getaddrinfo(text, None, socket.AF_INET)[0][4][0])
+    except (socket.gaierror, UnicodeError) as error:
+        raise BadSetting(
+            f"{variable}={text} is not an IPv4 address, nor the name of one: "
+            "set it to 127.0.0.1, or to 0.0.0.0 to be reached from other machines"
+        ) from error
+
+
 def port_from_environment(variable: str, default: int) -> int:
     """The port that an environment variable names.
 
@@ -25,7 +43,7 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
     """Make sure that every port can be listened on.
 
     Args:
-        host: address that the service binds.
+        host: IPv4 address that the service binds.
         ports: the environment variable that sets a port -> the port.
 
     Raises:
@@ -40,13 +58,12 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
             )
         owners[port] = variable
         try:
-            _bind(host, port).close()
+            # As the servers do: a port in TIME_WAIT is free, one that is listened on is not.
+            socket.create_server((host, port)).close()
         except PermissionError as error:
             raise PortUnavailable(
                 f"port {port} ({variable}) needs root: set {variable} to a port from 1024 up"
             ) from error
-        except socket.gaierror as error:
-            raise BadSetting(f"HOST={host} is not an address: {error.strerror}") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PortUnavailable(
@@ -54,28 +71,12 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
                     f"or set {variable} to a free port"
                 ) from error
             raise BadSetting(
-                f"HOST={host} cannot be listened on: {error.strerror or error}"
+                f"HOST={host} cannot be listened on: {os.strerror(error.errno or 0)}"
             ) from error
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports that nothing listens on at this moment."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(_bind(host, 0)) for _ in range(count)]
+        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
         return [one.getsockname()[1] for one in sockets]
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    one = socket.socket(family, kind, protocol)
-    try:
-        # As the servers do: a port in TIME_WAIT is free, one that is listened on is not.
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        one.bind(address)
-        one.listen(1)
-    except OSError:
-        one.close()
-        raise
-    return one

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -22,12 +23,13 @@ from pathlib import Path
 
 from launch.child import Child, Echo
 from launch.errors import (
+    BadSetting,
     ModelMissing,
     ServerMissing,
     SharedLibraryMissing,
     StubMissing,
 )
-from launch.ports import check_free, free_ports, port_from_environment
+from launch.ports import check_free, free_ports, host_from_environment, port_from_environment
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
@@ -35,6 +37,9 @@ STOP_SECONDS = 20.0
 # Nobody but the operator may touch these; the key is random and kept nowhere, so nobody can.
 # Loading and unloading models needs no entry: --model-control-mode=none refuses it.
 RESTRICTED = "shared-memory,trace,logging"
+
+# What runs on this machine is asked without the proxy that the environment may name.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,10 @@ class Address:
         """The address that HOST and TRITON_HTTP_PORT, _GRPC_PORT and _METRICS_PORT give.
 
         Raises:
-            BadSetting: one of the three is not a port.
+            BadSetting: HOST is no IPv4 address, or one of the three not a port.
         """
         return cls(
-            host=os.environ.get("HOST") or "127.0.0.1",
+            host=host_from_environment("HOST", "127.0.0.1"),
             http_port=port_from_environment("TRITON_HTTP_PORT", 8000),
             grpc_port=port_from_environment("TRITON_GRPC_PORT", 8001),
             metrics_port=port_from_environment("TRITON_METRICS_PORT", 8002),
@@ -124,8 +129,16 @@ def serve(
     environment = _environment(wheel)
     stub = _stub(wheel, environment)
     with tempfile.TemporaryDirectory(prefix="flownet2-triton-") as folder:
+        # The Python backend hands paths of models and of itself to a shell, unquoted.
+        if shlex.quote(folder) != folder:
+            raise BadSetting(
+                f"TMPDIR={tempfile.gettempdir()} has a space or another letter that a "
+                "shell may misread: set it to a folder without one, such as /tmp"
+            )
+        models = Path(folder) / "models"
+        models.symlink_to(repository.resolve())
         backends = _backends(wheel, stub, Path(folder))
-        command = _command(wheel, repository, backends, address, config_name)
+        command = _command(wheel, models, backends, address, config_name)
         child = Child("triton", command, environment, echo)
         try:
             child.wait_until(lambda: is_ready(address), START_SECONDS, stop or threading.Event())
@@ -142,7 +155,7 @@ def is_ready(address: Address) -> bool:
 def answers_ok(host: str, port: int, path: str) -> bool:
     """True when a GET of `path` is answered with status 200."""
     try:
-        with urllib.request.urlopen(f"http://{reachable(host)}:{port}{path}", timeout=2) as answer:
+        with _open(f"http://{reachable(host)}:{port}{path}", timeout=2) as answer:
             return bool(answer.status == HTTPStatus.OK)
     except OSError:  # urllib's own errors are OSErrors too
         return False
@@ -150,7 +163,7 @@ def answers_ok(host: str, port: int, path: str) -> bool:
 
 def reachable(host: str) -> str:
     """An address that reaches a server bound to `host` (0.0.0.0 is no destination)."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
+    return {"0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104
 
 
 def check_repository(repository: Path) -> None:
@@ -263,7 +276,7 @@ def options(repository: Path, address: Address, config_name: str | None) -> list
     """Arguments of tritonserver, wherever it comes from: what it serves, where, and to whom."""
     key = secrets.token_urlsafe(24)
     return [
-        f"--model-repository={repository.resolve()}",
+        f"--model-repository={repository.absolute()}",
         *([f"--model-config-name={config_name}"] if config_name else []),
         "--model-control-mode=none",
         "--disable-auto-complete-config",

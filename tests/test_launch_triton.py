@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from gateway_stack import write_model
 
 from launch import triton
 from launch.child import Child
@@ -26,7 +27,7 @@ from launch.errors import (
     StartFailed,
     StubMissing,
 )
-from launch.ports import check_free, free_ports
+from launch.ports import check_free, free_ports, host_from_environment
 
 PROJECT = Path(__file__).parent.parent
 
@@ -55,10 +56,10 @@ def wait_for(condition: object, seconds: float = 30.0) -> None:
 class Launcher:
     """`python -m launch` over a repository, on ports of its own."""
 
-    def __init__(self, repository: Path, **environment: str) -> None:
+    def __init__(self, repository: Path, *prefix: str, **environment: str) -> None:
         self.port, http, grpc, metrics = free_ports(4)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch"],
+            [*prefix, sys.executable, "-m", "launch"],
             cwd=PROJECT,
             env={
                 **os.environ,
@@ -146,6 +147,15 @@ def test_two_copies_run_side_by_side(launcher: Launcher, closed_form_repository:
     assert triton.answers_ok("127.0.0.1", launcher.port, "/readyz")
 
 
+def test_nohup_keeps_it_running(closed_form_repository: Path) -> None:
+    running = Launcher(closed_form_repository, "nohup")
+    running.wait_until_ready()
+    running.process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(timeout=2)
+    assert running.stop(signal.SIGTERM) == 0
+
+
 def test_children_end_when_the_launcher_is_killed(launcher: Launcher) -> None:
     groups = launcher.groups()
     launcher.stop(signal.SIGKILL)
@@ -220,10 +230,54 @@ def test_same_port_twice_names_both_variables() -> None:
         check_free("127.0.0.1", {"PORT": port, "TRITON_HTTP_PORT": port})
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
-def test_address_of_another_machine_is_refused(host: str) -> None:
-    with pytest.raises(BadSetting, match=f"HOST={host}"):
-        check_free(host, {"PORT": free_ports(1)[0]})
+def test_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(BadSetting, match=r"HOST=192\.0\.2\.1 cannot be listened on"):
+        check_free("192.0.2.1", {"PORT": free_ports(1)[0]})
+
+
+def test_host_may_be_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOST", "localhost")
+    assert triton.Address.from_environment().host == "127.0.0.1"
+    monkeypatch.setenv("HOST", "")
+    assert host_from_environment("HOST", "0.0.0.0") == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["::1", "[::]", "no.such.host.invalid", "a..b"])
+def test_host_without_an_ipv4_address_is_refused(host: str) -> None:
+    result = run_launch({"HOST": host})
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: HOST={host} is not an IPv4 address")
+    assert result.stderr.count("\n") == 1
+
+
+def test_own_servers_are_asked_without_a_proxy(closed_form_triton: triton.Triton) -> None:
+    address = closed_form_triton.address
+    code = f"from launch.triton import answers_ok as ok; ok({address.host!r}, {address.http_port}, "
+    code += "'/v2/health/ready') or exit('no answer')"
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    environment = {**os.environ, "http_proxy": nobody, "no_proxy": ""}
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, check=True)
+
+
+def test_path_of_the_models_may_hold_a_space(tmp_path: Path) -> None:
+    """Triton's Python backend gives it to a shell."""
+    repository = tmp_path / "a b; exit 1"
+    write_model(repository)
+    with triton.serve(repository) as server:
+        assert triton.is_ready(server.address)
+
+
+def test_folder_for_temporary_files_may_hold_none(
+    closed_form_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with (
+        pytest.raises(BadSetting, match=r"TMPDIR=.*a b has a space"),
+        triton.serve(closed_form_repository),
+    ):
+        pass
 
 
 def test_missing_wheel_names_the_package(
@@ -345,6 +399,16 @@ def test_child_that_is_never_ready_times_out() -> None:
     try:
         with pytest.raises(StartFailed, match=r"slow was not ready within 1 s: loading"):
             child.wait_until(lambda: False, 1.0, threading.Event())
+    finally:
+        child.kill()
+
+
+def test_crash_of_what_a_child_started_ends_the_wait() -> None:
+    script = "echo 'terminate called after throwing an instance of std::x'; echo; sleep 600"
+    child = Child("broken", ["/bin/sh", "-c", script], os.environ, lambda _: None)
+    try:
+        with pytest.raises(StartFailed, match="broken crashed before it was ready: terminate"):
+            child.wait_until(lambda: False, 60.0, threading.Event())
     finally:
         child.kill()
 
