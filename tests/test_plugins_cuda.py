@@ -75,7 +75,31 @@ def test_refuses_with_a_message(emulated: ctypes.CDLL, case: Case, word: str) ->
         correlate(emulated, case, image, image, np.empty(0, np.float32))
 
 
-@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 120])
+ARCHITECTURES = [75, 80, 86, 89, 90, 100, 110, 120]
+
+
+def test_cmake_builds_for_the_architectures_that_nvcc_knows(tmp_path: Path) -> None:
+    needs("cmake")
+    text = (PLUGINS / "CMakeLists.txt").read_text(encoding="utf-8")
+    choice = re.search(r"if\(NOT DEFINED CMAKE_CUDA_ARCHITECTURES\).*?\n  endif\(\)", text, re.S)
+    assert choice is not None
+    script = tmp_path / "choice.cmake"
+    script.write_text(f'{choice[0]}\nmessage(STATUS "chosen: ${{CMAKE_CUDA_ARCHITECTURES}}")\n')
+    nvcc = tmp_path / "nvcc"
+
+    def said(known: list[int]) -> str:
+        nvcc.write_text("\n".join(["#!/bin/sh", *(f"echo sm_{one}" for one in known)]))
+        nvcc.chmod(0o755)
+        return run("cmake", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-P", script)
+
+    every = "75-real;80-real;86-real;89-real;90-real;100-real;110-real;120\n"
+    assert said([*ARCHITECTURES, 103, 121]).endswith(f"chosen: {every}")
+    older = said([70, 75, 80, 86, 87, 89, 90])
+    assert older.endswith("chosen: 75-real;80-real;86-real;89-real;90\n")
+    assert "does not know sm_100: left out" in older
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvcc_compiles_and_keeps_sums_in_registers(architecture: int, tmp_path: Path) -> None:
     needs("nvcc")
     output = run(
