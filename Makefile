@@ -16,7 +16,7 @@ help: ## list the commands
 serve: $(VENV)/.serve $(REPOSITORY)/flownet2/1/model.onnx ## run Triton and the gateway on http://127.0.0.1:5003
 	@$(BIN)/python -m launch
 
-test: $(VENV)/.dev lint $(REPOSITORY)/flownet2/1/model.onnx ## lint, types and the whole test suite
+test: $(VENV)/.dev lint ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.dev
@@ -24,7 +24,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## the benchmarks, as tables
+bench: $(VENV)/.dev ## the benchmarks, as tables
 	$(BIN)/python -m benchmarks
 
 soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minute, a Triton killed in the middle
@@ -40,10 +40,12 @@ weights: | $(BIN)/python ## download official weights (research only) and export
 	$(PIP_INSTALL) -e '.[serve,export]'
 	$(BIN)/python -m export.download --network $(NETWORK) --repository $(REPOSITORY)
 
-model: $(REPOSITORY)/flownet2/1/model.onnx ## the Triton model of the weights that ship
-
-$(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipped.py export/repository.py export/triton_model.py | $(VENV)/.serve
+model: $(VENV)/.serve ## put back the Triton model of the weights that ship
 	$(BIN)/python -m export.shipped --repository $(REPOSITORY)
+
+# A model of other weights, exported to its place, stays there.
+$(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipped.py export/repository.py export/triton_model.py | $(VENV)/.serve
+	@$(BIN)/python -m export.shipped --repository $(REPOSITORY) --keep-other
 
 # An environment is made anew when what it installs has changed.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
@@ -59,6 +61,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.serve
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	  "$(PYTHON) is Python %d.%d, and 3.11 to 3.13 is needed: name one, as in PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 
@@ -71,5 +75,5 @@ lock: $(VENV)/.dev ## pin what is installed
 	  | sed -E 's/\+cpu$$//; s/^numpy==(.*)$$/numpy==\1; python_version < "3.13"\nnumpy==2.5.5; python_version >= "3.13"/'; \
 	} > constraints.txt
 
-clean: ## remove what was built
-	rm -rf $(VENV) build runs $(REPOSITORY)/*/1
+clean: ## remove the environment and what was built; models, training runs and downloads stay
+	rm -rf $(VENV) build

@@ -3,17 +3,21 @@
 ``python -m export.shipped --repository DIR`` fills the weights of ``weights/flownet2.safetensors``
 into the graph ``weights/flownet2.onnx``, which :func:`export.onnx_export.network_graph` wrote
 (``python -m export.shipped --write-graph`` writes it anew). What comes out is what
-``python -m export`` gives.
+``python -m export`` gives. With ``--keep-other`` a model of other weights that was exported to its
+place stays there.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf import text_format
 from numpy.typing import NDArray
 from safetensors import safe_open
+from tritonclient.grpc import model_config_pb2 as pb
 
 from export.repository import write_model
 
@@ -49,10 +53,29 @@ def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
     return model, description
 
 
+def write_shipped(repository: Path) -> str:
+    """Write the shipped model to ``<repository>/flownet2``; returns its network's name."""
+    model, description = shipped_model()
+    write_model(repository, NAME, model, description)
+    return description["network"]
+
+
 def _name_in_file(parameter: str) -> str:
     """blocks.net1.decoder.predict6.weight -> net1.predict6.weight (see export.weights)."""
     parts = parameter.split(".")
     return ".".join((parts[1], *parts[-2:])) if len(parts) > 1 else parameter
+
+
+def other_weights(repository: Path) -> str | None:
+    """Where the weights of ``<repository>/flownet2`` are from, by its configuration; None if they
+    are those that ship, or if there is no model."""
+    folder = repository / NAME
+    if not ((folder / "config.pbtxt").is_file() and (folder / "1" / "model.onnx").is_file()):
+        return None
+    text = (folder / "config.pbtxt").read_text(encoding="utf-8")
+    source = text_format.Parse(text, pb.ModelConfig()).parameters["weights_source"].string_value
+    with safe_open(WEIGHTS, framework="np") as file:
+        return None if source == file.metadata()["source"] else source or "unknown"
 
 
 def write_graph() -> None:
@@ -65,20 +88,25 @@ def write_graph() -> None:
     onnx.save(network_graph(network), GRAPH)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m export.shipped", description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--repository", type=Path, metavar="DIR")
     action.add_argument("--write-graph", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--keep-other", action="store_true", help="leave a model of other weights as it is"
+    )
+    options = parser.parse_args(arguments)
     if options.write_graph:
         write_graph()
+    elif options.keep_other and (source := other_weights(options.repository)):
+        print(
+            f"{options.repository / NAME} keeps its weights ({source}); `make model` replaces them"
+        )
     else:
-        model, description = shipped_model()
-        folder = write_model(options.repository, NAME, model, description)
-        print(f"{description['network']} -> {folder}")
+        print(f"{write_shipped(options.repository)} -> {options.repository / NAME}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import httpx
 
+from export.shipped import write_shipped
 from launch.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "model_repository" / "flownet2" / "1" / "model.onnx"
 PORTS = ("PORT", "TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
 
 
@@ -37,11 +37,16 @@ class Stack:
 def run_stack() -> Iterator[Stack]:
     """Start the service on free ports; Ctrl-C it at the end."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory() as repository, tempfile.TemporaryFile("w+") as log:
+        write_shipped(Path(repository))
         process = subprocess.Popen(
             [sys.executable, "-m", "launch"],
             cwd=ROOT,
-            env={**os.environ, **{name: str(port) for name, port in ports.items()}},
+            env={
+                **os.environ,
+                "MODEL_REPOSITORY": repository,
+                **{name: str(port) for name, port in ports.items()},
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from stack import MODEL, ROOT, Stack
+from stack import ROOT, Stack
 
 from gateway import settings
 
@@ -22,7 +21,6 @@ EXAMPLES = re.findall(
 DEFAULT_PORTS = {"PORT": "5003", "TRITON_HTTP_PORT": "8000", "TRITON_GRPC_PORT": "8001"}
 
 
-@pytest.mark.skipif(not MODEL.is_file(), reason="the model is not built: `make model` does it")
 def test_examples(stack: Stack, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     assert [kind for kind, _ in EXAMPLES] == ["sh", "sh", "python"]

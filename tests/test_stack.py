@@ -10,15 +10,11 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from stack import MODEL, ROOT, Stack, run_stack
+from stack import ROOT, Stack, run_stack
 
 from training.pairs import read_flo
 
 SAMPLES = sorted(path.parent for path in (ROOT / "samples").glob("*/gt.flo"))
-
-pytestmark = pytest.mark.skipif(
-    not MODEL.is_file(), reason="the model is not built: `make model` does it"
-)
 
 
 def post(stack: Stack, *images: bytes, **options: object) -> httpx.Response:
