@@ -6,19 +6,18 @@
 import argparse
 import datetime
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tritonclient import grpc
-
 from benchmarks import accuracy, engines, web
 from benchmarks.perf_analyzer import CONCURRENCIES, ROUNDS, PerfAnalyzer, Unavailable
-from benchmarks.report import machine
+from benchmarks.report import bypass_proxies, machine
+from export.shipped import write_shipped
 from launch import triton
 from launch.errors import LaunchError
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-REPOSITORY = Path(__file__).parent.parent / "model_repository"
 LOAD_SECONDS = 8.0
 
 
@@ -27,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the tables in RESULTS.md")
     options = parser.parse_args()
+    bypass_proxies()
     parts = []
     try:
         for part in sections():
@@ -44,19 +44,13 @@ def sections() -> Iterator[str]:
     """The parts of the report, each when it is measured."""
     yield f"# Benchmarks\n\n{datetime.date.today()}, {machine()}.\n"
     yield f"## The biggest network\n\n{engines.compare()}"
-    with triton.serve(REPOSITORY) as server:
-        address = server.address
-        network = served_network(address)
-        yield f"## Accuracy of the shipped {network}\n\n{accuracy.compare(address, network)}"
-        yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
-        yield f"## The web layer under load\n\n{web.compare(address, LOAD_SECONDS)}"
-
-
-def served_network(address: triton.Address) -> str:
-    """Which network a Triton's ``flownet2`` is."""
-    with grpc.InferenceServerClient(address.grpc) as client:
-        config = client.get_model_config("flownet2").config
-    return str(config.parameters["network"].string_value)
+    with tempfile.TemporaryDirectory() as folder:
+        network = write_shipped(Path(folder))
+        with triton.serve(Path(folder)) as server:
+            address = server.address
+            yield f"## Accuracy of the shipped {network}\n\n{accuracy.compare(address, network)}"
+            yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
+            yield f"## The web layer under load\n\n{web.compare(address, LOAD_SECONDS)}"
 
 
 def perf_analyzer_table(address: triton.Address) -> str:

@@ -1,22 +1,19 @@
 """What serving costs in accuracy: the shipped weights in PyTorch fp32 and through Triton."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from tritonclient import grpc
 
 from benchmarks.engines import infer, run_eager
 from benchmarks.report import table
+from benchmarks.samples import SAMPLES
 from export.networks import NETWORKS
+from export.shipped import WEIGHTS
 from export.weights import load_weights
 from launch.triton import Address
 from training.evaluate import score
 from training.pairs import read_pairs
-
-PROJECT = Path(__file__).parent.parent
-WEIGHTS = PROJECT / "weights" / "flownet2.safetensors"
-SAMPLES = PROJECT / "samples"
 
 
 def compare(address: Address, network: str) -> str:
@@ -49,8 +46,3 @@ def compare(address: Address, network: str) -> str:
             for name, row in zip([*names, "**mean**"], rows, strict=True)
         ],
     )
-
-
-def sample_folders() -> list[Path]:
-    """Folders of the pairs that ship."""
-    return sorted(file.parent for file in SAMPLES.glob("*/frame0.png"))

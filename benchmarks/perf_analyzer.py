@@ -16,9 +16,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.accuracy import SAMPLES, sample_folders
-from benchmarks.report import table
+from benchmarks.report import bypass_proxies, table
+from benchmarks.samples import SAMPLES, sample_folders
 from launch import triton
+from launch.errors import LaunchError
 
 # The last wheel of tritonclient that carries the program.
 PACKAGE = "tritonclient==2.50.0"
@@ -156,10 +157,11 @@ def _link_libraries(folder: Path) -> None:
 
 def main() -> int:
     """Measure the Triton that the environment names (TRITON_GRPC_PORT, HOST)."""
+    bypass_proxies()
     try:
         program = PerfAnalyzer()
         print(program.measure(triton.Address.from_environment(), CONCURRENCIES, ROUNDS))
-    except Unavailable as error:
+    except (Unavailable, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from benchmarks.accuracy import sample_folders
 from benchmarks.report import milliseconds, table
+from benchmarks.samples import sample_folders
 from launch import gateway
 from launch.child import Child
 from launch.ports import free_ports

@@ -8,7 +8,10 @@ from exported import EXPORTS, Exported, export
 from gateway_stack import Gateway, run_gateway, wait_until, write_repository
 from stack import Stack, run_stack
 
+from benchmarks.report import bypass_proxies
 from launch import triton
+
+bypass_proxies()  # pip may have needed one; what the tests ask is on this machine
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from correlation_cases import Case, brute_force
 from PIL import Image
+from tritonclient import grpc
 
-from benchmarks import accuracy, gpu, perf_analyzer, report, web
+from benchmarks import gpu, perf_analyzer, report, samples, web
 from export.operators import correlation
 from launch import triton
+from launch.ports import free_ports
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8)).save(
             folder / f"frame{index}.png"
         )
-    monkeypatch.setattr(accuracy, "SAMPLES", folder.parent)
+    monkeypatch.setattr(samples, "SAMPLES", folder.parent)
     return folder
 
 
@@ -96,6 +98,18 @@ def test_plain_web_layer_answers_as_the_gateway_does(
     assert all(
         0 < own < whole for own, whole in zip(measured.own_times, measured.latencies, strict=True)
     )
+
+
+def test_own_servers_are_measured_without_a_proxy(
+    closed_form_triton: triton.Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setenv("no_proxy", "example.org")
+    report.bypass_proxies()
+    address = closed_form_triton.address
+    assert httpx.get(f"http://{address.http}/v2/health/ready").status_code == 200
+    with grpc.InferenceServerClient(address.grpc) as client:
+        assert client.is_server_ready(client_timeout=30)
 
 
 @pytest.mark.parametrize(("percent", "value"), [(1, 1), (50, 10), (95, 19), (96, 20), (100, 20)])
