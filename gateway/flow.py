@@ -160,11 +160,11 @@ class FlowService:
 
     async def _infer(self, job: "Job", reservation: Reservation, context: Context) -> Answer:
         run = self._run
-        pair = await run(job.open, self.settings, context)
+        pair, working_bytes = await run(job.open, self.settings, context)
         size = next(iter(pair.values())).size
         self.metrics.image_pixels.observe(size[0] * size[1])
         queued = time.perf_counter()
-        async with self.admission.in_flight(images.working_bytes(pair, job.native)):
+        async with self.admission.in_flight(working_bytes):
             context.stages["queue"] = time.perf_counter() - queued
             image1, image2 = await run(job.prepare, pair, context)
             reservation.release()
@@ -196,8 +196,8 @@ class Job:
     encoding: str | None
     deadline: float
 
-    def open(self, settings: Settings, context: Context) -> dict[str, Image.Image]:
-        """Parse the body and the images' headers; the body is let go."""
+    def open(self, settings: Settings, context: Context) -> tuple[dict[str, Image.Image], int]:
+        """Parse the body and the images' headers; the images, and the memory they will take."""
         content, self.content = self.content, bytearray()
         with context.stage("decode"):
             files = body.parse(content, self.content_type)
@@ -205,7 +205,7 @@ class Job:
         if self.native:
             for field, image in pair.items():
                 images.check_native(image, field, settings.max_native_pixels)
-        return pair
+        return pair, images.working_bytes(pair, self.native)
 
     def prepare(self, pair: dict[str, Image.Image], context: Context) -> list[images.Pixels]:
         """Make the images what the model takes, one after the other, each let go in between."""
@@ -214,7 +214,7 @@ class Job:
             with context.stage("decode"):
                 image = images.load(pair.pop(field), field)
             with context.stage("resize"):
-                prepared.append(images.to_rgb(image, self.native))
+                prepared.append(images.to_rgb(image, field, self.native))
             del image
         return prepared
 

@@ -2,11 +2,12 @@
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from gateway.errors import (
     AnimatedImage,
@@ -26,13 +27,26 @@ GRID = (512, 512)
 SMALLEST = 16
 """Fewest pixels of a side that the model takes."""
 
+LONGEST = 65_500
+"""Most pixels of a side, libjpeg's own limit. Resizing takes time and memory for every pixel of a
+side, however few there are on the other, and lets no other thread run meanwhile."""
+
+MULTIPLE = 64
+"""The networks pad the sides of an image up to multiples of this."""
+
 MAX_TEXT_BYTES = 4 * 2**20
 """Text that the compressed chunks of one PNG may unpack to, all together."""
 
-# Pillow keeps 1 to 4 bytes a pixel; libwebp two canvases of 4 more.
-_BYTES_PER_PIXEL = {"WEBP": 12}
+MAX_SCANS = 100
+"""Scans of a JPEG; ten are usual. Each visits all pixels, however few bytes it has."""
+
 _NATIVE_BYTES_PER_PIXEL = 64
 """Both images, tensors, the flow, and the flow as JSON, per pixel of an image at its own size."""
+
+_RESIZE_BYTES_PER_SIDE = 48
+"""Pillow's filter coefficients, per pixel of a side."""
+
+_JPEG = ("JPEG", "MPO")
 
 _SIXTEEN_TO_EIGHT = ((np.arange(2**16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
 
@@ -100,23 +114,48 @@ def _open(data: bytes, field: str, formats: list[str], max_pixels: int) -> Image
         f"{field} has more than {max_pixels} pixels. Send a smaller image.", field=field
     )
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        with _decoding(field):
+            image = Image.open(io.BytesIO(data), formats=formats)
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
         raise _unidentified(data, field, formats) from None
     except Image.DecompressionBombError:
         raise too_large from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders fail in many ways on bytes made to make them fail
-        raise _damaged(field, error) from error
     if image.width * image.height > max_pixels:
         raise too_large
+    if max(image.size) > LONGEST:
+        raise ImageTooLarge(
+            f"{field} has {image.width}x{image.height} pixels; {LONGEST} a side is the most. "
+            "Send a smaller image.",
+            field=field,
+        )
+    if _scans(image) > MAX_SCANS:
+        raise _damaged(field, ValueError(f"more than {MAX_SCANS} scans"))
     if frames > 1:
         raise AnimatedImage(
             f"{field} is an animation of {frames} frames. Send one frame.", field=field
         )
     return image
+
+
+@contextmanager
+def _decoding(field: str) -> Iterator[None]:
+    """Turn what decoders raise on damaged files, which is about anything, into `DamagedImage`."""
+    try:
+        yield
+    except (MemoryError, UnidentifiedImageError, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        raise _damaged(field, error) from error
+
+
+def _scans(image: Image.Image) -> int:
+    """Scans of a JPEG, those of a thumbnail in its head too; 0 for other formats."""
+    if image.format not in _JPEG:
+        return 0
+    assert isinstance(image, ImageFile.ImageFile)
+    assert isinstance(image.fp, io.BytesIO)
+    return image.fp.getvalue().count(b"\xff\xda")
 
 
 def _unidentified(
@@ -156,12 +195,19 @@ def check_native(image: Image.Image, field: str, max_pixels: int) -> None:
             "Leave out size=native.",
             field=field,
         )
-    if image.width * image.height > max_pixels:
+    if _padded_area(image) > max_pixels:
         raise ImageTooLarge(
             f"{field} has {image.width}x{image.height} pixels; {max_pixels} is the most at its "
-            "own size. Leave out size=native, or send a smaller image.",
+            f"own size, each side rounded up to a multiple of {MULTIPLE}. "
+            "Leave out size=native, or send a smaller image.",
             field=field,
         )
+
+
+def _padded_area(image: Image.Image) -> int:
+    """Pixels of the image as the networks pad it."""
+    columns, rows = (-(-side // MULTIPLE) for side in image.size)
+    return columns * rows * MULTIPLE**2
 
 
 def working_bytes(pair: Mapping[str, Image.Image], native: bool) -> int:
@@ -169,13 +215,25 @@ def working_bytes(pair: Mapping[str, Image.Image], native: bool) -> int:
 
     Images that are resized are decoded one after the other.
     """
-    sizes = [
-        image.width
-        * image.height
-        * max(_BYTES_PER_PIXEL.get(image.format or "", 4), _NATIVE_BYTES_PER_PIXEL if native else 0)
-        for image in pair.values()
-    ]
-    return max(sizes)
+    return max(_working_bytes(image, native) for image in pair.values())
+
+
+def _working_bytes(image: Image.Image, native: bool) -> int:
+    decoded = image.width * image.height * _bytes_per_pixel(image)
+    if native:
+        return max(decoded, _padded_area(image) * _NATIVE_BYTES_PER_PIXEL)
+    return decoded + sum(image.size) * _RESIZE_BYTES_PER_SIDE
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """What decoding and resizing take for each pixel, as measured with Pillow 13."""
+    if image.format == "WEBP":
+        return 16  # libwebp's two canvases, a copy, and the image
+    if image.format in _JPEG:
+        # libjpeg keeps the coefficients of all components, unless one scan brings everything.
+        return 12 if _scans(image) > 1 or "progressive" in image.info else 4
+    # Images with alpha are resized as a copy multiplied by it; deeper ones are made 8-bit.
+    return 4 if image.mode in ("1", "L", "P", "RGB") else 8
 
 
 def load(image: Image.Image, field: str) -> Image.Image:
@@ -186,22 +244,22 @@ def load(image: Image.Image, field: str) -> Image.Image:
     Raises:
         DamagedImage: the pixels cannot be decoded.
     """
-    try:
+    with _decoding(field):
         image.load()
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _damaged(field, error) from error
     if image.mode.startswith("I;16"):
         return Image.fromarray(_SIXTEEN_TO_EIGHT[np.asarray(image)])
     return image
 
 
-def to_rgb(image: Image.Image, native: bool) -> Pixels:
+def to_rgb(image: Image.Image, field: str, native: bool) -> Pixels:
     """The image as the model takes it: uint8 RGB, [512, 512, 3] or at its own size.
 
     First resized in its own mode (Pillow takes the nearest pixel for palettes and 1-bit images),
     then converted, as in the service that this one replaces.
+
+    Raises:
+        DamagedImage: the pixels mean no colours, as those of a palette that is missing.
     """
-    resized = image if native else image.resize(GRID, Image.Resampling.LANCZOS)
-    return np.asarray(resized.convert("RGB"))
+    with _decoding(field):
+        resized = image if native else image.resize(GRID, Image.Resampling.LANCZOS)
+        return np.asarray(resized.convert("RGB"))

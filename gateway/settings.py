@@ -59,7 +59,10 @@ class Settings(BaseSettings):
         description="most pixels of an image, seen before decoding",
     )
     max_native_pixels: int = Field(
-        default=4 * MIB, gt=0, description="most pixels of an image with `?size=native`"
+        default=4 * MIB,
+        gt=0,
+        description="most pixels of an image with `?size=native`, "
+        "its sides rounded up to multiples of 64",
     )
     max_in_flight: int = Field(
         default=16,

@@ -73,6 +73,10 @@ def bad_images() -> Iterator[tuple[str, bytes]]:
     yield "zero-wide", png(0, 16, pixels)
     yield "absurd-size", png(2**31 - 1, 2**31 - 1, pixels)
     yield "bomb-by-size", png(50_000, 50_000, zlib.compress(bytes(1000)))
+    # Wide and thin: few pixels, and a side that takes minutes to resize.
+    yield "10000000-wide", png(10_000_000, 1, zlib.compress(bytes(10_000_001)))
+    yield "65501-high", png(1, 65_501, zlib.compress(bytes(2 * 65_501)))
+    yield "jpeg-many-scans", many_scans(encoded(picture(1), "JPEG", progressive=True), 200)
     yield "bad-filter", png(16, 16, zlib.compress(b"\x09" * 17 * 16))
     yield "bad-depth", png(16, 16, pixels, depth=7)
     yield "ztxt-bomb", png(16, 16, pixels, bomb_text(b"zTXt"))
@@ -108,6 +112,18 @@ def bad_images() -> Iterator[tuple[str, bytes]]:
     yield "jpeg-cut-in-exif", jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif[:30]
 
 
+def no_palette() -> bytes:
+    """A PNG of colours that a palette should name, without one."""
+    coloured = zlib.compress((b"\0" + bytes(64)) * 64)
+    return png(64, 64, coloured, chunk(b"tRNS", b"\0"), colour=3)
+
+
+def many_scans(jpeg: bytes, count: int) -> bytes:
+    """A progressive JPEG with its last scan repeated."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * count + jpeg[-2:]
+
+
 def good_images() -> Iterator[tuple[str, bytes]]:
     """Unusual files that must be read."""
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
@@ -123,6 +139,7 @@ def good_images() -> Iterator[tuple[str, bytes]]:
     yield "1x1", encoded(picture(1, 1, 1))
     yield "30000x2", encoded(picture(1, 30_000, 2))
     yield "2x30000", encoded(picture(1, 2, 30_000))
+    yield "65500x1", encoded(picture(1, 65_500, 1), "JPEG")
     palette = picture(1).quantize(8)
     yield "palette-transparent", encoded(palette, transparency=3)
     yield "png-then-html", encoded(picture(1)) + b"<html><script>alert(1)</script>"

@@ -1,16 +1,20 @@
 """Decoding: right pixels for every mode, a client's error for every broken file, never a crash."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from gateway_stack import encoded, picture
-from hostile_images import bad_images, good_images, interlaced
+from gateway_stack import ROOT, encoded, picture
+from hostile_images import bad_images, good_images, interlaced, no_palette
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from gateway import images
+from gateway.admission import SLOT_BYTES
 from gateway.errors import (
     KINDS,
     AnimatedImage,
@@ -43,7 +47,7 @@ def prepare(file: bytes, native: bool = False, max_pixels: int = MAX_PIXELS) -> 
     if native:
         images.check_native(pair["image2"], "image2", 2**22)
     images.load(pair["image1"], "image1")
-    return images.to_rgb(images.load(pair["image2"], "image2"), native)
+    return images.to_rgb(images.load(pair["image2"], "image2"), "image2", native)
 
 
 def as_before(file: bytes) -> np.ndarray:
@@ -81,10 +85,11 @@ def test_native_keeps_the_size_and_ignores_orientation() -> None:
     assert prepare(encoded(picture(1, 64, 48), "JPEG", exif=exif), native=True).shape == (48, 64, 3)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_broken_files_are_the_clients_error(name: str) -> None:
+def test_broken_files_are_the_clients_error(name: str, native: bool) -> None:
     with pytest.raises(GatewayError) as caught:
-        prepare(BAD[name])
+        prepare(BAD[name], native)
     kind = KINDS[type(caught.value)]
     assert kind.status in (413, 415, 422)
     assert caught.value.field in ("image1", "image2")
@@ -103,6 +108,9 @@ def test_broken_files_are_the_clients_error(name: str) -> None:
         ("bomb-by-size", ImageTooLarge),
         ("webp-canvas-bomb", ImageTooLarge),
         ("absurd-size", ImageTooLarge),
+        ("10000000-wide", ImageTooLarge),
+        ("65501-high", ImageTooLarge),
+        ("jpeg-many-scans", DamagedImage),
         ("ztxt-bomb", DamagedImage),
         ("itxt-bomb", DamagedImage),
         ("many-texts", DamagedImage),
@@ -130,12 +138,60 @@ def test_sizes_must_be_one() -> None:
         images.open_pair(files, FORMATS, MAX_PIXELS)
 
 
+def test_colours_without_a_palette_are_damage() -> None:
+    """Resizing makes them black; Pillow converts them at their own size with an AssertionError."""
+    assert prepare(no_palette()).shape == (512, 512, 3)
+    with pytest.raises(DamagedImage):
+        prepare(no_palette(), native=True)
+
+
 def test_native_limits() -> None:
     with pytest.raises(ImageTooSmall):
         prepare(encoded(picture(1, 15, 40)), native=True)
     assert prepare(encoded(picture(1, 16, 40)), native=True).shape == (40, 16, 3)
     with pytest.raises(ImageTooLarge):
         prepare(encoded(Image.new("L", (2**11, 2**11 + 1))), native=True)
+    with pytest.raises(ImageTooLarge, match="multiple of 64"):  # the model sees 128 rows for 65
+        prepare(encoded(Image.new("L", (40_000, 65))), native=True)
+
+
+DECODE = """
+import sys
+from gateway import images
+images.configure_pillow(64_000_000, ["PNG", "JPEG", "WEBP"])
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+file = open(sys.argv[1], "rb").read()
+image = images.open_pair({"a": file, "b": file}, ["PNG", "JPEG", "WEBP"], 64_000_000)["a"]
+counted, before = images.working_bytes({"a": image}, native=False), peak()
+images.to_rgb(images.load(image, "a"), "a", native=False)
+print(counted, peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "options"),
+    [
+        ("RGB", "PNG", {}),
+        ("RGBA", "PNG", {}),
+        ("I;16", "PNG", {}),
+        ("RGB", "JPEG", {}),
+        ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
+        ("CMYK", "JPEG", {"progressive": True, "subsampling": 0}),
+        ("RGB", "WEBP", {"method": 0}),
+    ],
+)
+def test_memory_is_counted_as_it_is_used(
+    mode: str, form: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    """What decoding takes is no more than what is counted, and what every request may take."""
+    (tmp_path / "file").write_bytes(encoded(Image.new(mode, (3000, 2000)), form, **options))
+    command = [sys.executable, "-c", DECODE, str(tmp_path / "file")]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    counted, used = map(int, output.split())
+    assert used < counted + SLOT_BYTES
+    assert counted < 2 * used  # and not far from it
 
 
 def refused_or_read(file: bytes) -> None:

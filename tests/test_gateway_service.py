@@ -28,7 +28,7 @@ from gateway_stack import (
     run_gateway,
     wait_until,
 )
-from hostile_images import bad_images, good_images
+from hostile_images import bad_images, good_images, no_palette
 from PIL import Image
 
 from launch import triton
@@ -158,13 +158,20 @@ class TestAnswers:
 
 
 class TestErrors:
-    def test_every_broken_image(self, gateway: Gateway) -> None:
+    @pytest.mark.parametrize("size", ["512", "native"])
+    def test_every_broken_image(self, gateway: Gateway, size: str) -> None:
         good = encoded(picture(1))
         for name, file in bad_images():
-            answer = gateway.client.post(PATH, files={"image1": good, "image2": file})
+            files = {"image1": good, "image2": file}
+            answer = gateway.client.post(PATH, params={"size": size}, files=files)
             assert answer.status_code in (413, 415, 422), name
             assert answer.json()["field"] == "image2", name
         assert "unhandled" not in gateway.log.read_text()
+
+    def test_colours_without_a_palette(self, gateway: Gateway) -> None:
+        files = {"image1": no_palette(), "image2": no_palette()}
+        answer = gateway.client.post(PATH, params={"size": "native"}, files=files)
+        check_problem(answer, 422, "damaged-image", "image1")
 
     @pytest.mark.parametrize(
         ("content", "status", "slug", "field"),
