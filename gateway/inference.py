@@ -45,6 +45,8 @@ _CHANNEL = [
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
+    # `http_proxy` is for the way out, to a collector of traces, and not for Triton.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -154,6 +156,8 @@ class Endpoint:
                     await self._refresh()
             except (InferenceServerException, TimeoutError) as error:
                 self.lose(str(error) or f"no answer within {PATIENCE_SECONDS} s")
+            except Exception as error:  # no Triton, or a bug: ask again
+                self.lose(repr(error))
             if (bool(self.models), self.trouble) != before:
                 level = logging.WARNING if self.trouble else logging.INFO
                 state = {"endpoint": self.address, "models": sorted(self.models)}
@@ -240,12 +244,17 @@ class Cluster:
         self._addresses: dict[tuple[str, int], set[str]] = {}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
         self._turn = itertools.count()
-        self._resolver: asyncio.Task[None] | None = None
+        self._resolvers: list[asyncio.Task[None]] = []
 
     @staticmethod
     def _split(host: str) -> tuple[str, int]:
         name, separator, port = host.rpartition(":")
-        if not (separator and name and port.isdecimal()):
+        try:
+            name.encode("idna")  # as resolving it does; checks the lengths of its labels
+            valid = bool(separator and name) and port.isdecimal() and 0 < int(port) < 2**16
+        except UnicodeError:
+            valid = False
+        if not valid:
             raise ValueError(f"TRITON_ENDPOINTS: {host!r} is not host:port")
         return name.strip("[]"), int(port)
 
@@ -256,32 +265,33 @@ class Cluster:
 
     def start(self) -> None:
         """Begin to resolve names and to watch endpoints."""
-        self._resolver = asyncio.create_task(self._keep_resolving())
+        self._resolvers = [asyncio.create_task(self._keep_resolving(*host)) for host in self._hosts]
 
     async def close(self) -> None:
         """Stop watching and close the connections."""
-        if self._resolver:
-            self._resolver.cancel()
+        for resolver in self._resolvers:
+            resolver.cancel()
         for endpoint, watch in self._watches.items():
             watch.cancel()
             await endpoint.client.close()
         self._watches.clear()
 
-    async def _keep_resolving(self) -> None:
+    async def _keep_resolving(self, host: str, port: int) -> None:
+        """Follow one name's addresses, for ever; while it does not resolve, those it had."""
         while True:
-            for host, port in self._hosts:
-                try:
-                    answers = await asyncio.get_running_loop().getaddrinfo(
-                        host, port, type=socket.SOCK_STREAM
-                    )
-                except OSError as error:  # keep what was found before
-                    log.warning("%s does not resolve: %s", host, error)
-                    continue
+            try:
+                answers = await asyncio.get_running_loop().getaddrinfo(
+                    host, port, type=socket.SOCK_STREAM
+                )
                 self._addresses[host, port] = {
                     f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}"
                     for *_, (ip, *_) in answers
                 }
-            self._follow(set().union(*self._addresses.values()))
+                self._follow(set().union(*self._addresses.values()))
+            except OSError as error:
+                log.warning("%s does not resolve: %s", host, error)
+            except Exception:  # whatever it is, it may pass
+                log.exception("%s cannot be followed", host)
             await asyncio.sleep(RESOLVE_SECONDS)
 
     def _follow(self, wanted: set[str]) -> None:

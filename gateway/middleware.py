@@ -72,11 +72,12 @@ class ContextMiddleware:
             self._account(scope, context, status)
 
     def _account(self, scope: Scope, context: Context, status: int) -> None:
+        stages = dict(context.stages)  # a thread that nobody waits for may still add to it
         route = scope.get("route")
         path = getattr(route, "path", "other")
         self.metrics.requests.labels(path, context.outcome).inc()
         self.metrics.seconds.labels(path).observe(context.elapsed())
-        for stage, seconds in context.stages.items():
+        for stage, seconds in stages.items():
             self.metrics.stages.labels(stage).observe(seconds)
         client = scope.get("client")
         log.log(
@@ -90,7 +91,7 @@ class ContextMiddleware:
                 "status": status,
                 "outcome": context.outcome,
                 "seconds": round(context.elapsed(), 4),
-                "stages": {name: round(value, 4) for name, value in context.stages.items()},
+                "stages": {name: round(value, 4) for name, value in stages.items()},
                 **context.trace_headers,
             },
         )

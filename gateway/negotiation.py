@@ -51,15 +51,16 @@ ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _weights(header: str) -> dict[str, float]:
-    """Parse `Accept` or `Accept-Encoding`: range -> q (0 for no number)."""
+    """Parse `Accept` or `Accept-Encoding`: range -> q (0 for no number from 0 to 1)."""
     weights = {}
     for part in header.split(","):
         name, *parameters = (piece.strip().lower() for piece in part.split(";"))
         quality = next((p[2:].strip() for p in parameters if p.startswith("q=")), "1")
         try:
-            weights[name] = float(quality)
+            weight = float(quality)
         except ValueError:
-            weights[name] = 0.0
+            weight = 0.0
+        weights[name] = weight if 0 <= weight <= 1 else 0.0
     return weights
 
 
@@ -85,7 +86,15 @@ def choose_format(accept: str) -> Format:
 
 
 def choose_encoding(accept_encoding: str) -> str | None:
-    """The content coding that an `Accept-Encoding` header likes best, None for no coding."""
+    """The content coding that an `Accept-Encoding` header likes best, None for no coding.
+
+    One that it likes as much as no coding is taken, and `identity` is the last choice where it is
+    not named.
+    """
     weights = _weights(accept_encoding)
-    best = max(ENCODINGS, key=lambda name: weights.get(name, 0.0))
-    return best if weights.get(best, 0.0) > 0 else None
+
+    def weight(coding: str) -> float:
+        return weights.get(coding, weights.get("*", 0.0))
+
+    best = max(ENCODINGS, key=weight)
+    return best if weight(best) > 0 and weight(best) >= weight("identity") else None

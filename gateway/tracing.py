@@ -1,22 +1,24 @@
 """OpenTelemetry traces, where a collector is configured (the `otel` extra).
 
 One span for a request, with its stages as attributes; its `traceparent` goes to Triton, whose spans
-become its children. Without a collector a client's own `traceparent` goes to Triton as it came.
+become its children. Nothing else of W3C's headers passes: `baggage` and `tracestate` are as long as
+a client likes. Without a collector a client's own `traceparent` goes to Triton as it came.
 """
 
 from dataclasses import dataclass
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.propagate import extract, inject
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Tracer
-from starlette.datastructures import Headers
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.context import context_of
+
+PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def start(endpoint: str) -> TracerProvider:
@@ -43,11 +45,11 @@ class TracingMiddleware:
         context = context_of(scope)
         with self.tracer.start_as_current_span(
             scope["method"],
-            extract(dict(Headers(scope=scope))),
+            PROPAGATOR.extract(context.trace_headers),
             SpanKind.SERVER,
             {"http.request.method": scope["method"], "url.path": scope["path"]},
         ) as span:
-            inject(context.trace_headers)
+            PROPAGATOR.inject(context.trace_headers)
             try:
                 await self.app(scope, receive, send)
             finally:
@@ -55,5 +57,5 @@ class TracingMiddleware:
                     span.update_name(f"{scope['method']} {route.path}")
                 span.set_attribute("flownet2.outcome", context.outcome)
                 span.set_attribute("flownet2.request_id", context.request_id)
-                for stage, seconds in context.stages.items():
+                for stage, seconds in dict(context.stages).items():
                     span.set_attribute(f"flownet2.stage.{stage}_ms", round(seconds * 1e3, 2))

@@ -1,11 +1,13 @@
 """The client of Triton, against real Tritons: contract, meanings of errors, loss and recovery."""
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,6 +23,7 @@ from gateway_stack import (
 )
 from tritonclient.utils import InferenceServerException
 
+from gateway import inference
 from gateway.errors import (
     DeadlineExceeded,
     ImageTooLarge,
@@ -136,6 +139,55 @@ def test_names_that_do_not_resolve_are_no_crash() -> None:
         await cluster.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "host", ["triton", ":8001", "triton:", "triton:0", "triton:65536", "a..b:1", f"{'a' * 64}:1"]
+)
+def test_endpoints_that_can_be_none_are_refused_at_start(host: str) -> None:
+    with pytest.raises(ValueError, match=f"TRITON_ENDPOINTS: '{host}' is not host:port"):
+        Cluster(["127.0.0.1:8001", host])
+
+
+def test_whatever_goes_wrong_the_loops_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name's addresses are those of the second try, and its Triton's state of the third."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        resolve, tries, refreshes = loop.getaddrinfo, itertools.count(), itertools.count()
+
+        async def fails_once(*arguments: Any, **options: Any) -> Any:
+            if next(tries) == 0:
+                raise UnicodeError("label empty or too long")
+            return await resolve(*arguments, **options)
+
+        async def fails_twice(endpoint: Endpoint) -> None:
+            if next(refreshes) < 2:
+                raise KeyError("a bug")
+            endpoint.trouble = "third try"
+
+        monkeypatch.setattr(loop, "getaddrinfo", fails_once)
+        monkeypatch.setattr(Endpoint, "_refresh", fails_twice)
+        cluster = Cluster(["127.0.0.1:1"])
+        cluster.start()
+        async with asyncio.timeout(30):
+            while [one.trouble for one in cluster.endpoints] != ["third try"]:
+                await asyncio.sleep(0.05)
+        await cluster.close()
+
+    monkeypatch.setattr(inference, "RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr(inference, "POLL_SECONDS", 0.05)
+    asyncio.run(run())
+
+
+def test_a_proxy_is_not_for_triton(
+    closed_form_triton: triton.Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(infer(closed_form_triton.address.grpc, "flownet2", 30)[0], np.ndarray)
 
 
 def test_a_name_stands_for_its_addresses(closed_form_triton: triton.Triton) -> None:

@@ -23,13 +23,18 @@ from gateway.negotiation import ENCODINGS, choose_encoding, choose_format
         ("*/*, application/json;q=0", "application/x-npy"),
         ("application/json; charset=utf-8", "application/json"),
         ("application/x-flo;q=oops, application/json;q=0.1", "application/json"),
+        ("application/json;q=nan, image/png;q=0.5", "image/png"),
+        ("application/json;q=0.5, image/png;q=inf", "application/json"),
     ],
 )
 def test_format(accept: str, chosen: str) -> None:
     assert choose_format(accept).media_type == chosen
 
 
-@pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "*/*;q=0", ";;,,", "q=1"])
+@pytest.mark.parametrize(
+    "accept",
+    ["text/html", "application/json;q=0", "*/*;q=0", "*/*;q=nan", "*/*;q=2", ";;,,", "q=1"],
+)
 def test_no_format(accept: str) -> None:
     with pytest.raises(NotAcceptable, match="application/json"):
         choose_format(accept)
@@ -45,6 +50,15 @@ def test_no_format(accept: str) -> None:
         ("gzip, deflate", "gzip"),
         ("gzip;q=1, zstd;q=0.5", "gzip"),
         ("gzip;q=0, zstd;q=0", None),
+        ("identity, gzip;q=0.5", None),
+        ("identity;q=0.5, gzip", "gzip"),
+        ("identity, gzip", "gzip"),
+        ("*", "zstd"),
+        ("*;q=0.1, gzip;q=0.5", "gzip"),
+        ("zstd;q=0, *", "gzip"),
+        ("*;q=0", None),
+        ("gzip;q=nan", None),
+        ("zstd;q=nan, gzip;q=0.5", "gzip"),
     ],
 )
 def test_encoding(accept: str, chosen: str | None) -> None:
