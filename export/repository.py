@@ -97,9 +97,9 @@ def model_config(name: str, configuration: str, description: Mapping[str, str]) 
         config.backend = "tensorrt"
         config.platform = "tensorrt_plan"
         config.default_model_filename = "model.plan"
-        # Profile 0: the usual size, every batch size; profile 1: any size. Each takes the memory
-        # that it needs; by default, each takes what the hungriest needs.
-        config.instance_group[0].profile.extend(["0", "1"])
+        # Profile 0: the usual size; 1: batches of other sizes; 2: single pairs of any size. Each
+        # takes the memory that it needs; by default, each takes what the hungriest needs.
+        config.instance_group[0].profile.extend(["0", "1", "2"])
         allocation = config.parameters["execution_context_allocation_strategy"]
         allocation.string_value = "ON_PROFILE_CHANGE"
         config.optimization.cuda.graphs = True

@@ -1,13 +1,15 @@
 """The TensorRT engine of an exported model, built on the GPU that will serve it.
 
-An engine fits one GPU type, one TensorRT version, one plugin and one ONNX file. Beside the plan
-lies a note of those it was built from; it is built again when any of them differs.
+An engine fits one GPU type, one TensorRT version, one plugin and one ONNX file. Its plan is named
+by a hash of all that it was built from, so that plans for several GPU types may lie side by side;
+``model.plan`` is a link to the one in use.
 
 Precision is that of the ONNX file's types (``--precision`` of the export); float32 convolutions
 may use TF32, TensorRT's default.
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -15,12 +17,14 @@ import importlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,14 +38,20 @@ PLUGIN = "libflownet2_tensorrt.so"  # found by the loader in the image of Triton
 PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "Correlation", "1", "flownet2"
 SUPPORTED_MAJORS = (10, 11)  # IPluginV3 came with 10
 
-# The gateway takes up to 4 megapixels at native size. Both axes go as far as the square of that,
-# upright images being as common as wide ones.
-LARGEST_EDGE = 2048
 SMALLEST_EDGE = 16
-NATIVE_OPTIMUM = (720, 1280)
-# Activation memory of FlowNet2 for each pixel of the batch and byte of its type; TensorRT-RTX 1.7
-# plans 542 bytes in float16 and 1041 in float32.
-BYTES_PER_PIXEL = 272
+# The gateway takes up to 4 megapixels at native size, upright images as well as wide ones.
+LARGEST_EDGE = 4096
+# Largest height and width in a batch: at least what plugins/triton_batching.cpp lets Triton put in
+# one, at most what keeps the 82 channels of FlowNet2's fusion below 2^31 values.
+SMALLEST_BATCH_EDGE, LARGEST_BATCH_EDGE = 576, 1792
+BATCH_OPTIMUM, SINGLE_OPTIMUM = (640, 640), (720, 1280)  # height and width
+# Activation memory for each pixel of the batch, in float16 and float32. TensorRT-RTX 1.7 plans 542
+# and 1041 bytes for FlowNet2; in float32, 478 for FlowNet2-css and 210 for FlowNet2-c.
+FULL_BYTES_PER_PIXEL, THIN_BYTES_PER_PIXEL = (560, 1100), (380, 500)
+FULL_CHANNELS = 1024  # of the widest layer; thin networks have 384
+MEMORY_SHARE = 3 / 8  # of the GPU, for each of the two profiles whose size depends on it
+
+KEPT_PLANS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +133,11 @@ class PluginNotUsed(EngineError):
 
 
 class OutOfMemory(EngineError):
-    """The GPU has not the memory to build the engine."""
+    """The GPU has not the memory to build the engine, or to run it."""
 
     def __init__(self, gpu: "Gpu", reason: str) -> None:
         super().__init__(
-            f"not enough memory on {gpu.name} ({gpu.memory / 2**30:.1f} GiB) to build the engine: "
+            f"not enough memory on {gpu.name} ({gpu.memory / 2**30:.1f} GiB) for the engine: "
             f"{reason}. Stop what else runs there, or export with --precision fp16"
         )
 
@@ -137,6 +147,13 @@ class BuildFailed(EngineError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"TensorRT did not build the engine: {reason}")
+
+
+class EngineUnusable(EngineError):
+    """TensorRT built the engine and cannot run it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"TensorRT does not load the engine: {reason}")
 
 
 class DiskFull(EngineError):
@@ -181,35 +198,42 @@ def build_engine(
     timing_cache: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Build ``<repository>/<name>/1/model.plan`` unless it is there and fits.
+    """Make ``<repository>/<name>/1/model.plan`` an engine that fits and loads; build it if need be.
 
     Args:
         plugin: file of the plugin library, or a name that the loader finds.
         timing_cache: file of TensorRT's measurements, which make the next build shorter; default
             ``timing.cache`` beside the plan.
-        force: build even if the plan fits.
+        force: build even if there is a plan that fits.
 
     Returns:
-        The plan.
+        The plan, to which ``model.plan`` is a link.
 
     Raises:
         EngineError: a subclass for each cause.
     """
     folder = repository / name / "1"
-    path, plan = folder / "model.onnx", folder / "model.plan"
+    path = folder / "model.onnx"
     model = read_model(path)
     gpu = find_gpu()
     trt = import_tensorrt()
     needs_plugin = any(node.domain == PLUGIN_NAMESPACE for node in model.graph.node)
     library = load_plugin(trt, plugin) if needs_plugin else None
+    log = trt_logger(trt)
 
-    origin = fingerprint(gpu, trt.__version__, library, path)
-    if not force and is_current(plan, origin):
-        logger.info("%s fits %s and TensorRT %s", plan, gpu.name, trt.__version__)
-        return plan
+    limits = profiles(gpu.memory, bytes_per_pixel(model))
+    plan = folder / plan_name(gpu, fingerprint(gpu, trt.__version__, library, path, limits))
+    if plan.is_file() and not force:
+        try:
+            check_loading(trt, plan.read_bytes(), gpu, log)
+        except (EngineUnusable, OSError) as error:
+            logger.warning("%s is built anew: %s", plan, error)
+        else:
+            logger.info("%s fits %s and TensorRT %s", plan, gpu.name, trt.__version__)
+            use_plan(plan)
+            return plan
     logger.info("building %s for %s with TensorRT %s", plan, gpu.name, trt.__version__)
     started = time.monotonic()
-    log = trt_logger(trt)
     try:
         builder = trt.Builder(log)
     except TypeError as error:  # what a null pointer from C++ becomes
@@ -217,14 +241,14 @@ def build_engine(
     network = parse(trt, builder, path, log)
     if needs_plugin:
         check_plugin_layer(trt, network, path)
-    cache = timing_cache or folder / "timing.cache"
-    config = configure(trt, builder, profiles(native_edge(gpu.memory, is_half(model))))
-    use_timing_cache(config, cache)
-    serialized = builder.build_serialized_network(network, config)
+    config = configure(trt, builder, limits)
+    with timings_kept(config, timing_cache or folder / "timing.cache"):
+        serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise build_error(gpu, log.errors)
-    write_engine(plan, serialized, origin)
-    write_whole(cache, config.get_timing_cache().serialize())
+        raise failure(gpu, log.errors, BuildFailed)
+    check_loading(trt, serialized, gpu, log)
+    write_whole(plan, serialized)
+    use_plan(plan)
     logger.info("built %s in %.0f s", plan, time.monotonic() - started)
     return plan
 
@@ -239,7 +263,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         return onnx.load(path)
     except FileNotFoundError:
         raise ModelMissing(path) from None
-    except DecodeError as error:
+    except (DecodeError, OSError) as error:
         raise ModelRejected(path, str(error)) from None
 
 
@@ -307,17 +331,23 @@ def load_plugin(trt: Any, library: str) -> Path:
 
 
 def fingerprint(
-    gpu: Gpu, tensorrt_version: str, plugin: Path | None, model: Path
-) -> dict[str, str | int]:
-    """What an engine is built from: another value of any of these asks for another engine."""
-    return {
+    gpu: Gpu,
+    tensorrt_version: str,
+    plugin: Path | None,
+    model: Path,
+    engine_profiles: tuple[Profile, ...],
+) -> str:
+    """A hash of what an engine is built from: another value of any of these asks for another."""
+    origin = {
         "gpu": gpu.name,
         "gpu_memory": gpu.memory,
         "tensorrt": tensorrt_version,
         "plugin": _sha256(plugin) if plugin else "",
         "onnx": _sha256(model),
-        "builder": _sha256(Path(__file__)),  # profiles and settings
+        "profiles": [asdict(profile) for profile in engine_profiles],
+        "builder": _sha256(Path(__file__)),  # all other settings
     }
+    return hashlib.sha256(json.dumps(origin).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -325,30 +355,54 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def note_of(plan: Path) -> Path:
-    """The file beside a plan that holds its fingerprint."""
-    return plan.with_name(f"{plan.name}.json")
+def plan_name(gpu: Gpu, origin: str) -> str:
+    """Name of the plan of a fingerprint, such as ``NVIDIA-L4-0123456789abcdef.plan``."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}-{origin[:16]}.plan"
 
 
-def is_current(plan: Path, origin: dict[str, str | int]) -> bool:
-    """Whether the plan is there and was built from `origin`."""
-    try:
-        noted = json.loads(note_of(plan).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return plan.is_file() and bool(noted == origin)
-
-
-def write_engine(plan: Path, content: Any, origin: dict[str, str | int]) -> None:
-    """Put plan and note in the place of older ones.
-
-    An interruption between the two leaves a note that does not fit: the engine is built again.
+def use_plan(plan: Path) -> None:
+    """Make ``model.plan`` a link to a plan beside it, and keep the KEPT_PLANS used last.
 
     Raises:
         DiskFull, NotWritable
     """
-    write_whole(plan, content)
-    write_whole(note_of(plan), json.dumps(origin, indent=2).encode())
+    try:
+        os.utime(plan)
+        with replacing(plan.with_name("model.plan")) as new:
+            new.unlink(missing_ok=True)  # of a process that was killed
+            new.symlink_to(plan.name)
+        plans = [file for file in plan.parent.glob("*.plan") if not file.is_symlink()]
+        for old in sorted(plans, key=lambda file: file.stat().st_mtime)[:-KEPT_PLANS]:
+            old.unlink()
+    except OSError as error:
+        raise _not_written(error, plan.parent, 0) from None
+
+
+def check_loading(trt: Any, plan: Any, gpu: Gpu, log: Any) -> None:
+    """Load an engine as Triton will: one execution context for each profile, with its memory.
+
+    Args:
+        plan: its bytes.
+
+    Raises:
+        OutOfMemory, EngineUnusable, TensorRtUnusable
+    """
+    before = len(log.errors)
+    try:
+        runtime = trt.Runtime(log)
+    except TypeError as error:  # what a null pointer from C++ becomes
+        raise TensorRtUnusable(trt.__version__, log.last_error or str(error)) from None
+    engine = runtime.deserialize_cuda_engine(plan)
+    contexts = []  # all at once
+    for profile in range(engine.num_optimization_profiles if engine else 0):
+        context = engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        )
+        if context is None or not context.set_optimization_profile_async(profile, 0):
+            break
+        contexts.append(context)
+    if engine is None or len(contexts) < engine.num_optimization_profiles:
+        raise failure(gpu, log.errors[before:], EngineUnusable)
 
 
 def write_whole(target: Path, content: Any) -> None:
@@ -361,42 +415,61 @@ def write_whole(target: Path, content: Any) -> None:
         with replacing(target) as new:
             new.write_bytes(content)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(target.parent, memoryview(content).nbytes) from None
-        raise NotWritable(error) from None
+        raise _not_written(error, target.parent, memoryview(content).nbytes) from None
 
 
-def is_half(model: onnx.ModelProto) -> bool:
-    """Whether the convolutions' weights are float16."""
-    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+def _not_written(error: OSError, folder: Path, needed: int) -> EngineError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(folder, needed)
+    return NotWritable(error)
 
 
-def native_edge(gpu_memory: int, half: bool) -> int:
-    """Largest height and width at native size: half of the GPU's memory holds a full batch.
+def bytes_per_pixel(model: onnx.ModelProto) -> int:
+    """Activation memory that a network needs for each pixel of a batch.
 
-    Triton makes batches of whatever size is asked for, so a full one must fit; the other half is
-    for weights, the usual size, and other models.
+    Float16 is that of the convolutions' weights.
     """
-    per_pixel = BYTES_PER_PIXEL * (2 if half else 4)
-    edge = math.isqrt(gpu_memory // 2 // (MAX_BATCH_SIZE * per_pixel))
-    return min(LARGEST_EDGE, edge // 64 * 64)
+    weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    full = max((tensor.dims[0] for tensor in weights), default=0) >= FULL_CHANNELS
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in weights)
+    return (FULL_BYTES_PER_PIXEL if full else THIN_BYTES_PER_PIXEL)[0 if half else 1]
 
 
-def profiles(edge: int) -> tuple[Profile, Profile]:
-    """The usual size, tuned between one caller and a full batch, and any size up to `edge`.
+def profiles(gpu_memory: int, pixel_bytes: int) -> tuple[Profile, Profile, Profile]:
+    """The usual size; batches of other sizes; single pairs of any size that the GPU has memory for.
+
+    The first is tuned between one caller and a full batch. Triton itself makes batches of small
+    images alone (plugins/triton_batching.cpp); a single pair may thus be far larger.
 
     Their order is that of the profiles in ``configs/tensorrt.pbtxt``. Triton takes the profile
     whose optimum lies nearest among those that hold the request.
     """
-    height, width = (min(edge, size) for size in NATIVE_OPTIMUM)
+    pixels = gpu_memory * MEMORY_SHARE / pixel_bytes
+    batch_edge = min(LARGEST_BATCH_EDGE, max(SMALLEST_BATCH_EDGE, _edge(pixels / MAX_BATCH_SIZE)))
+    single_edge = min(LARGEST_EDGE, max(batch_edge, _edge(pixels)))
+    least = (1, SMALLEST_EDGE, SMALLEST_EDGE)
+    batch_height, batch_width = (min(batch_edge, size) for size in BATCH_OPTIMUM)
+    single_height, single_width = (min(single_edge, size) for size in SINGLE_OPTIMUM)
     return (
         Profile(
             (1, *USUAL_SIZE), (MAX_BATCH_SIZE // 2, *USUAL_SIZE), (MAX_BATCH_SIZE, *USUAL_SIZE)
         ),
         Profile(
-            (1, SMALLEST_EDGE, SMALLEST_EDGE), (1, height, width), (MAX_BATCH_SIZE, edge, edge)
+            least,
+            (MAX_BATCH_SIZE // 2, batch_height, batch_width),
+            (MAX_BATCH_SIZE, batch_edge, batch_edge),
+        ),
+        Profile(
+            least,
+            (1, single_height, single_width),
+            (1, single_edge, single_edge),
         ),
     )
+
+
+def _edge(pixels: float) -> int:
+    """Edge of the largest square with so many pixels, a multiple of the networks' 64."""
+    return math.isqrt(int(pixels)) // 64 * 64
 
 
 def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:
@@ -434,20 +507,37 @@ def configure(trt: Any, builder: Any, engine_profiles: tuple[Profile, ...]) -> A
     return config
 
 
-def use_timing_cache(config: Any, file: Path) -> None:
-    """Start from the measurements of earlier builds, if they are of this GPU and TensorRT."""
-    measured = file.read_bytes() if file.is_file() else b""
+@contextlib.contextmanager
+def timings_kept(config: Any, file: Path) -> Iterator[None]:
+    """Start from the measurements of earlier builds, if they are of this GPU and TensorRT.
+
+    What is measured meanwhile is kept, of a build that fails too: the next one is shorter then.
+    """
+    try:
+        measured = file.read_bytes() if file.is_file() else b""
+    except OSError as error:
+        logger.warning("measuring anew: %s", error)
+        measured = b""
     if not config.set_timing_cache(config.create_timing_cache(measured), ignore_mismatch=False):
         logger.info("%s is of another GPU or TensorRT: measuring anew", file)
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    try:
+        yield
+    finally:
+        try:
+            write_whole(file, config.get_timing_cache().serialize())
+        except EngineError as error:
+            logger.warning("the next build measures anew: %s", error)
 
 
-def build_error(gpu: Gpu, errors: list[str]) -> EngineError:
-    """What TensorRT's messages say about a build without a result."""
+def failure(
+    gpu: Gpu, errors: list[str], otherwise: type[BuildFailed] | type[EngineUnusable]
+) -> EngineError:
+    """What TensorRT's messages say about something without a result."""
     for message in errors:
         if re.search(r"out ?of ?memory|insufficient memory|amount of GPU memory", message, re.I):
             return OutOfMemory(gpu, _one_line(message))
-    return BuildFailed(_one_line(errors[-1]) if errors else "it gives no reason")
+    return otherwise(_one_line(errors[-1]) if errors else "it gives no reason")
 
 
 def _one_line(message: str) -> str:

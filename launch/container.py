@@ -59,9 +59,11 @@ def assemble(repository: Path, sources: list[Path]) -> list[str]:
         for config in sorted(source.glob("*/config.pbtxt")):
             models[config.parent.name] = config.parent
     repository.mkdir(parents=True, exist_ok=True)
-    for folder in repository.iterdir():
-        if folder.name not in models:
-            shutil.rmtree(folder)
+    for found in repository.iterdir():
+        if not found.is_dir() or found.is_symlink():
+            found.unlink()
+        elif found.name not in models:
+            shutil.rmtree(found)
     for name, model in models.items():
         for link in (repository / name).rglob("*"):
             # Of an earlier start, maybe to another source; the engines' builder may link its own.

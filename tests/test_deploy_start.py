@@ -71,6 +71,11 @@ def test_models_that_are_gone_are_not_served(tmp_path: Path) -> None:
     make_model(repository, "old")
     assert container.assemble(repository, [shipped]) == ["flownet2"]
     assert [one.name for one in repository.iterdir()] == ["flownet2"]
+    (repository / "stray").write_text("no folder")
+    (repository / "link").symlink_to(shipped)
+    assert container.assemble(repository, [shipped]) == ["flownet2"]
+    assert [one.name for one in repository.iterdir()] == ["flownet2"]
+    assert (shipped / "flownet2" / "1" / "model.onnx").is_file()
     # The builder's own links, beside the engine, stay.
     version = repository / "flownet2" / "1"
     (version / "A100.plan").write_text("engine")

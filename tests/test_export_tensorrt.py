@@ -4,12 +4,12 @@ TensorRT-RTX from PyPI is TensorRT's parser and builder without plugin layers, a
 that is not there. What it leaves open: the plugin's layer in a network, and a plan's speed.
 """
 
-import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from exported import Exported
 from export import tensorrt
 from export.networks import NETWORKS, FlowNet2
 from export.onnx_export import correlation_function, export_onnx
-from export.repository import MAX_BATCH_SIZE
+from export.repository import MAX_BATCH_SIZE, USUAL_SIZE
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -41,8 +41,8 @@ class Rtx:
     def parse(self, model: Path) -> Any:
         return tensorrt.parse(trt, self.builder, model, self.log)
 
-    def build(self, network: Any, half: bool) -> Any:
-        limits = tensorrt.profiles(tensorrt.native_edge(GPU.memory, half))
+    def build(self, network: Any, model: onnx.ModelProto) -> Any:
+        limits = tensorrt.profiles(GPU.memory, tensorrt.bytes_per_pixel(model))
         config = tensorrt.configure(trt, self.builder, limits)
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.SM89, 0)
@@ -88,7 +88,7 @@ def test_parser_takes_every_network(
 
 
 def test_builder_takes_every_network(exported: Exported, rtx: Rtx) -> None:
-    plan = rtx.build(rtx.parse(exported.file), exported.half)
+    plan = rtx.build(rtx.parse(exported.file), exported.proto)
     assert rtx.log.errors == []
     weights = exported.file.stat().st_size
     assert 0.9 * weights < plan.nbytes < 2.5 * weights
@@ -96,8 +96,9 @@ def test_builder_takes_every_network(exported: Exported, rtx: Rtx) -> None:
 
 def test_plan_of_a_network_with_means_over_both_images(tmp_path: Path, rtx: Rtx) -> None:
     """As NVIDIA's port normalises; written as every plan is."""
-    onnx.save(export_onnx(FlowNet2(NETWORKS["FlowNet2-s"], pair_mean=True)), tmp_path / "s.onnx")
-    plan = rtx.build(rtx.parse(tmp_path / "s.onnx"), half=False)
+    model = export_onnx(FlowNet2(NETWORKS["FlowNet2-s"], pair_mean=True))
+    onnx.save(model, tmp_path / "s.onnx")
+    plan = rtx.build(rtx.parse(tmp_path / "s.onnx"), model)
     tensorrt.write_whole(tmp_path / "model.plan", plan)
     assert (tmp_path / "model.plan").read_bytes() == bytes(plan)
 
@@ -190,106 +191,163 @@ def test_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-def test_half_of_the_gpu_holds_a_full_batch_at_native_size() -> None:
-    for memory in (8 * 2**30, GPU.memory, 48 * 2**30):
-        for half, per_pixel in ((True, 542), (False, 1041)):  # what TensorRT-RTX 1.7 plans
-            edge = tensorrt.native_edge(memory, half)
-            assert edge % 64 == 0
-            assert MAX_BATCH_SIZE * edge**2 * per_pixel <= memory / 2
-            larger = (edge + 64) ** 2
-            assert edge == 2048 or MAX_BATCH_SIZE * larger * per_pixel > 0.95 * memory / 2
-    assert tensorrt.native_edge(80 * 2**30, half=True) == 2048
+# Bytes for each pixel of a batch that TensorRT-RTX 1.7 plans.
+FULL_FP16, FULL_FP32, THIN_FP32 = 542, 1041, 478
+GIB = 2**30
 
 
-@pytest.mark.parametrize("edge", [576, 704, 1216, 2048])
-def test_triton_takes_the_first_profile_for_the_usual_size_alone(edge: int) -> None:
-    usual, native = tensorrt.profiles(edge)
-    assert native.minimum == (1, 16, 16)
-    assert native.maximum == (8, edge, edge)
+@pytest.mark.parametrize(("channels", "full"), [(1026, True), (386, False)])
+def test_memory_by_width_and_type(channels: int, full: bool) -> None:
+    def weights(kind: type[np.floating[Any]]) -> onnx.ModelProto:
+        arrays = np.zeros((channels, 2, 4, 4), kind), np.zeros(3, np.float32)
+        tensors = [onnx.numpy_helper.from_array(array) for array in arrays]
+        return onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors))
+
+    assert tensorrt.bytes_per_pixel(weights(np.float32)) >= (FULL_FP32 if full else THIN_FP32)
+    half, single = (tensorrt.bytes_per_pixel(weights(k)) for k in (np.float16, np.float32))
+    assert half >= (FULL_FP16 if full else THIN_FP32 / 2)
+    assert half < single
+
+
+def test_networks_are_told_apart_by_their_weights(exported: Exported) -> None:
+    thin = exported.model.network.width < 1
+    expected = tensorrt.THIN_BYTES_PER_PIXEL if thin else tensorrt.FULL_BYTES_PER_PIXEL
+    assert tensorrt.bytes_per_pixel(exported.proto) == expected[0 if exported.half else 1]
+
+
+@pytest.mark.parametrize("memory", [15 * GIB, GPU.memory, 48 * GIB, 141 * GIB])
+@pytest.mark.parametrize("pixel_bytes", [380, 560, 1100])
+def test_the_gpu_holds_what_the_profiles_allow(memory: int, pixel_bytes: int) -> None:
+    planned = [
+        profile.maximum[0] * profile.maximum[1] * profile.maximum[2] * pixel_bytes
+        for profile in tensorrt.profiles(memory, pixel_bytes)
+    ]
+    weights = 700 * 2**20
+    assert sum(planned) + weights < memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "pixel_bytes", "height", "width"),
+    [
+        (10 * GIB, 500, 1440, 2560),  # thin networks
+        (15 * GIB, 380, 3840, 1024),
+        (15 * GIB, 560, 1440, 2560),  # FlowNet2 in float16
+        (22 * GIB, 1100, 1440, 2560),
+        (22 * GIB, 500, 1024, 4096),
+        (40 * GIB, 560, 1024, 4096),
+    ],
+)
+def test_a_single_pair_may_be_as_large_as_the_gateway_lets_in(
+    memory: int, pixel_bytes: int, height: int, width: int
+) -> None:
+    *_, single = tensorrt.profiles(memory, pixel_bytes)
+    assert height <= single.maximum[1]
+    assert width <= single.maximum[2]
+
+
+def test_tensors_stay_below_the_number_of_values_that_tensorrt_takes() -> None:
+    for profile in tensorrt.profiles(2**50, 380):
+        batch, height, width = profile.maximum
+        assert batch * height * width * 82 < 2**31  # the fusion network's widest at full size
+
+
+@pytest.mark.parametrize("memory", [4 * GIB, 8 * GIB, GPU.memory, 80 * GIB])
+def test_triton_takes_the_first_profile_for_the_usual_size_alone(memory: int) -> None:
+    usual, batches, single = tensorrt.profiles(memory, 1100)
+    assert usual.minimum[1:] == usual.maximum[1:] == USUAL_SIZE
+    assert batches.minimum == single.minimum == (1, 16, 16)
+    assert batches.maximum[0] == MAX_BATCH_SIZE
+    assert single.maximum[0] == 1
+    batching = (Path(__file__).parents[1] / "plugins" / "triton_batching.cpp").read_text()
+    assert f"kLargestEdge = {tensorrt.SMALLEST_BATCH_EDGE};" in batching
+    assert batches.maximum[1] == batches.maximum[2] >= tensorrt.SMALLEST_BATCH_EDGE
+
     for batch in range(1, 9):
-        request = (batch, 512, 512)
-        assert all(
-            low <= size <= high
-            for low, size, high in zip(usual.minimum, request, usual.maximum, strict=True)
-        )
+        request = (batch, *USUAL_SIZE)
         # Triton's EvaluateTensorRTContext adds up differences, the sizes shifted by an axis.
         for compared in ((*request, 3), (batch, *request)):
-            near, far = (
+            near, *far = (
                 sum(
                     abs(optimum - size)
                     for optimum, size in zip((*profile.optimum, 3), compared, strict=True)
                 )
-                for profile in (usual, native)
+                for profile in (usual, batches, single)
             )
-            assert near < far
-    assert usual.minimum[1:] == usual.maximum[1:]
+            assert near < min(far)
+
+
+PROFILES = tensorrt.profiles(GPU.memory, 500)
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    paths = {name: tmp_path / name for name in ("model.plan", "plugin.so", "model.onnx")}
-    for name in ("plugin.so", "model.onnx"):
-        paths[name].write_bytes(name.encode())
+    paths = {name: tmp_path / name for name in ("plugin.so", "model.onnx")}
+    for name, path in paths.items():
+        path.write_bytes(name.encode())
     return paths
 
 
 def test_an_engine_fits_what_it_was_built_from_and_nothing_else(files: dict[str, Path]) -> None:
-    plan, plugin, model = files.values()
+    plugin, model = files.values()
 
     def origin(
-        gpu: tensorrt.Gpu = GPU, version: str = "11.1.0", library: Path | None = plugin
-    ) -> dict[str, str | int]:
-        return tensorrt.fingerprint(gpu, version, library, model)
+        gpu: tensorrt.Gpu = GPU,
+        version: str = "11.1.0",
+        library: Path | None = plugin,
+        limits: tuple[tensorrt.Profile, ...] = PROFILES,
+    ) -> str:
+        return tensorrt.fingerprint(gpu, version, library, model, limits)
 
     first = origin()
-    assert not tensorrt.is_current(plan, first)
-    tensorrt.write_engine(plan, b"engine", first)
-    assert plan.read_bytes() == b"engine"
-    assert tensorrt.is_current(plan, origin())
-
-    others: list[Callable[[], dict[str, str | int]]] = [
-        lambda: origin(gpu=tensorrt.Gpu("NVIDIA A10", GPU.memory)),
-        lambda: origin(gpu=tensorrt.Gpu(GPU.name, GPU.memory // 2)),
-        lambda: origin(version="11.2.0"),
-        lambda: origin(library=None),
+    assert origin() == first
+    others = [
+        origin(gpu=tensorrt.Gpu("NVIDIA A10", GPU.memory)),
+        origin(gpu=tensorrt.Gpu(GPU.name, GPU.memory // 2)),
+        origin(version="11.2.0"),
+        origin(library=None),
+        origin(limits=PROFILES[:2]),
+        origin(limits=tensorrt.profiles(GPU.memory, 1100)),
     ]
-    assert not any(tensorrt.is_current(plan, other()) for other in others)
     for path in (plugin, model):
         content = path.read_bytes()
         path.write_bytes(b"another")
-        assert not tensorrt.is_current(plan, origin())
+        others.append(origin())
         path.write_bytes(content)
-    assert tensorrt.is_current(plan, origin())
-
-    plan.unlink()
-    assert not tensorrt.is_current(plan, first)
-
-
-def test_an_engine_without_a_whole_note_is_built_again(files: dict[str, Path]) -> None:
-    plan = files["model.plan"]
-    origin = tensorrt.fingerprint(GPU, "11.1.0", None, files["model.onnx"])
-    tensorrt.write_engine(plan, b"engine", origin)
-    note = tensorrt.note_of(plan)
-    whole = note.read_text()
-    assert json.loads(whole)["gpu"] == "NVIDIA L4"
-    note.write_text(whole[:-2])
-    assert not tensorrt.is_current(plan, origin)
-    note.unlink()
-    assert not tensorrt.is_current(plan, origin)
+    assert len({first, *others}) == 1 + len(others)
+    assert origin() == first
+    assert tensorrt.plan_name(GPU, first) == f"NVIDIA-L4-{first[:16]}.plan"
 
 
-def test_a_full_disk_leaves_the_older_engine(files: dict[str, Path]) -> None:
-    plan = files["model.plan"]
-    origin = tensorrt.fingerprint(GPU, "11.1.0", None, files["model.onnx"])
-    tensorrt.write_engine(plan, b"older", origin)
-    before = sorted(plan.parent.iterdir())
-    plan.with_name(".model.plan.new").symlink_to("/dev/full")
-    newer = origin | {"gpu": "NVIDIA A10"}
+def test_plans_of_several_gpus_lie_side_by_side(tmp_path: Path) -> None:
+    link = tmp_path / "model.plan"
+    link.write_bytes(b"of an earlier version, no link")
+    plans = [tmp_path / f"{number}.plan" for number in range(tensorrt.KEPT_PLANS + 1)]
+    for age, plan in enumerate(reversed(plans[:-1]), 1):
+        tensorrt.write_whole(plan, plan.name.encode())
+        os.utime(plan, (0, 1_000_000 - age))
+    for plan in (plans[0], plans[1], plans[0]):  # the GPUs take turns
+        tensorrt.use_plan(plan)
+        assert link.readlink() == Path(plan.name), "relative, as the volume may be moved"
+        assert link.read_bytes() == plan.read_bytes()
+    assert all(plan.is_file() for plan in plans[:-1])
+
+    (tmp_path / ".model.plan.new").symlink_to("left by a process that was killed")
+    tensorrt.write_whole(plans[-1], b"newest")
+    tensorrt.use_plan(plans[-1])
+    assert link.read_bytes() == b"newest"
+    kept = {file for file in tmp_path.glob("*.plan") if not file.is_symlink()}
+    assert kept == {*plans} - {plans[2]}, "the one that was not used for the longest time is gone"
+
+
+def test_a_full_disk_leaves_the_older_engine(tmp_path: Path) -> None:
+    plan = tmp_path / "a.plan"
+    tensorrt.write_whole(plan, b"older")
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / ".a.plan.new").symlink_to("/dev/full")
     with pytest.raises(tensorrt.DiskFull, match=r"no space .* 3 MiB are needed, \d+ MiB are free"):
-        tensorrt.write_engine(plan, bytes(3 * 2**20), newer)
+        tensorrt.write_whole(plan, bytes(3 * 2**20))
     assert plan.read_bytes() == b"older"
-    assert tensorrt.is_current(plan, origin)
-    assert sorted(plan.parent.iterdir()) == before
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
@@ -327,16 +385,117 @@ def test_no_tensorrt() -> None:
         tensorrt.import_tensorrt()
 
 
+class Timings:
+    """A builder's configuration as far as measurements go; "other" are another GPU's."""
+
+    def __init__(self) -> None:
+        self.measured = b""
+
+    def create_timing_cache(self, measured: bytes) -> bytes:
+        return measured
+
+    def set_timing_cache(self, measured: bytes, ignore_mismatch: bool) -> bool:
+        self.measured = measured
+        return measured != b"other"
+
+    def get_timing_cache(self) -> "Timings":
+        return self
+
+    def serialize(self) -> bytes:
+        return self.measured
+
+
+def test_measurements_are_kept_of_builds_that_fail_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "timing.cache"
+    config = Timings()
+
+    def fail() -> None:
+        with tensorrt.timings_kept(config, file):
+            config.measured += b"a"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    with tensorrt.timings_kept(config, file):
+        assert config.measured == b"a"
+        config.measured += b"b"
+    assert file.read_bytes() == b"ab"
+
+    file.write_bytes(b"other")
+    with tensorrt.timings_kept(config, file):
+        assert config.measured == b""
+    assert caplog.records == []
+
+    file.unlink()
+    file.mkdir()  # takes no file
+    with tensorrt.timings_kept(config, file):
+        assert config.measured == b""
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert "the next build measures anew: the engine cannot be written" in warning.getMessage()
+
+
+class Contexts:
+    """TensorRT's runtime and engine with three profiles, some of whose steps fail."""
+
+    Runtime = ExecutionContextAllocationStrategy = ON_PROFILE_CHANGE = property(lambda self: self)
+    num_optimization_profiles = 3
+    __version__ = "11.1.0"
+
+    def __init__(self, log: Any, fault: str = "") -> None:
+        self.log, self.fault = log, fault
+        self.selected: list[int] = []
+
+    def __call__(self, log: Any) -> "Contexts":
+        return self
+
+    def _step(self, name: str) -> Any:
+        if self.fault != name:
+            return self
+        self.log.log(trt.ILogger.Severity.ERROR, f"{name} failed: out of memory (1 GB)")
+        return None
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Any:
+        return self._step("deserialize")
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        return self._step("context")
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.selected.append(profile)
+        return self._step("profile") is not None
+
+
+def test_an_engine_is_loaded_with_the_memory_of_every_profile(rtx: Rtx) -> None:
+    runtime = Contexts(rtx.log)
+    tensorrt.check_loading(runtime, b"plan", GPU, rtx.log)
+    assert runtime.selected == [0, 1, 2]
+    for fault in ("deserialize", "context", "profile"):
+        with pytest.raises(tensorrt.OutOfMemory, match=rf"L4 \(24.0 GiB\).*{fault} failed"):
+            tensorrt.check_loading(Contexts(rtx.log, fault), b"plan", GPU, rtx.log)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+def test_no_engine_is_loaded_without_a_gpu(rtx: Rtx) -> None:
+    with pytest.raises((tensorrt.TensorRtUnusable, tensorrt.EngineUnusable)) as no:
+        tensorrt.check_loading(trt, b"no plan", GPU, rtx.log)
+    assert "\n" not in str(no.value)
+
+
 def test_what_a_failed_build_says() -> None:
     memory = "[virtualMemoryBuffer.cpp::resizePhysical::154] Error Code 2: OutOfMemory\n(size 1 GB)"
-    error = tensorrt.build_error(GPU, ["[E] something before", memory, "no engine"])
+    error = tensorrt.failure(GPU, ["[E] before", memory, "no engine"], tensorrt.BuildFailed)
     assert isinstance(error, tensorrt.OutOfMemory)
     assert "NVIDIA L4 (24.0 GiB)" in str(error)
     assert "\n" not in str(error)
-    error = tensorrt.build_error(GPU, ["first", "Could not find any implementation for node X"])
+    error = tensorrt.failure(
+        GPU, ["first", "Could not find any implementation for node X"], tensorrt.BuildFailed
+    )
     assert isinstance(error, tensorrt.BuildFailed)
     assert str(error).endswith("Could not find any implementation for node X")
-    assert isinstance(tensorrt.build_error(GPU, []), tensorrt.BuildFailed)
+    assert isinstance(tensorrt.failure(GPU, [], tensorrt.BuildFailed), tensorrt.BuildFailed)
 
 
 def command(repository: Path) -> subprocess.CompletedProcess[str]:
@@ -366,6 +525,10 @@ def test_command_says_in_one_line_what_is_missing(tmp_path: Path, one_node: Path
     )
     model.write_bytes(b"no model")
     assert command(tmp_path).stderr.startswith(f"error: TensorRT cannot read {model}: ")
+    model.unlink()
+    model.mkdir()
+    assert command(tmp_path).stderr.startswith(f"error: TensorRT cannot read {model}: ")
+    model.rmdir()
 
     model.write_bytes(one_node.read_bytes())
     with pytest.raises(tensorrt.NoGpu) as no:
