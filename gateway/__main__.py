@@ -1,9 +1,11 @@
 """`python -m gateway`: the service, configured by environment variables (`gateway.settings`)."""
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 
 from gateway import logs
 from gateway.app import create_app
+from gateway.protocol import Protocol
 from gateway.settings import Settings
 
 STALL_MS = 60_000
@@ -79,7 +82,7 @@ def main() -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="h11",  # httptools is faster by a millisecond, and keeps headers without limit
+        http=Protocol,  # httptools is faster by a millisecond, and keeps headers without limit
         ws="none",
         access_log=False,
         log_config=None,
@@ -94,4 +97,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    # Leave without the threads that still decode what nobody waits for: nothing can stop them.
+    atexit._run_exitfuncs()  # logs and traces
+    os._exit(exit_status)

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Self
 
 from gateway.errors import Overloaded
 
@@ -11,11 +12,20 @@ SLOT_BYTES = 16 * 2**20
 """Memory of one request in flight at 512x512: images, tensors, and a flow of 5 MB as JSON."""
 
 
-class Reservation:
-    """Bytes that one request holds of the budget for bodies."""
+class Budget:
+    """Bytes of one kind that all requests together may hold. For one event loop."""
 
-    def __init__(self, admission: "Admission") -> None:
-        self._admission = admission
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.free = size
+        self.released = asyncio.Event()
+
+
+class Reservation:
+    """Bytes that one request holds of a budget, none at first; a block of `with` releases them."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self.size = 0
 
     def grow(self, size: int) -> None:
@@ -27,22 +37,39 @@ class Reservation:
         more = size - self.size
         if more <= 0:
             return
-        if more > self._admission.free_bytes:
+        if more > self._budget.free:
             raise Overloaded("Too many large requests are being received. Try again later.")
-        self._admission.free_bytes -= more
+        self._budget.free -= more
         self.size = size
+
+    async def wait(self, size: int) -> None:
+        """Hold `size` bytes, or everything where that is less, as soon as so much is free."""
+        size = min(size, self._budget.size)
+        while size > self._budget.free:
+            self._budget.released.clear()
+            await self._budget.released.wait()
+        self.grow(size)
 
     def release(self) -> None:
         """Give everything back."""
-        self._admission.free_bytes += self.size
+        self._budget.free += self.size
+        self._budget.released.set()
         self.size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Admission:
-    """Three limits: a number of requests, a budget of body bytes, and slots for work in flight.
+    """The limits: a number of requests, bytes of bodies, slots for work in flight, and bytes of
+    answers that their clients have not read.
 
-    The first two refuse at once; the third lets requests wait for their turn, first come first
-    served, and the first limits how many can wait. All from one event loop.
+    The first two refuse at once. Slots let requests wait for their turn, first come first served,
+    and the number of requests limits how many can wait. Who has an answer keeps the slots until
+    the answer is counted itself. All from one event loop.
     """
 
     def __init__(self, max_in_flight: int, max_waiting: int, max_buffered_bytes: int) -> None:
@@ -50,7 +77,8 @@ class Admission:
         self.free_slots = max_in_flight
         self.places = max_in_flight + max_waiting
         self.admitted = 0
-        self.free_bytes = max_buffered_bytes
+        self.bodies = Budget(max_buffered_bytes)
+        self.answers = Budget(max_buffered_bytes)
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @contextmanager
@@ -67,15 +95,6 @@ class Admission:
             yield
         finally:
             self.admitted -= 1
-
-    @contextmanager
-    def reserve(self) -> Iterator[Reservation]:
-        """A reservation of body bytes, empty at first, released at the end."""
-        reservation = Reservation(self)
-        try:
-            yield reservation
-        finally:
-            reservation.release()
 
     @asynccontextmanager
     async def in_flight(self, size: int) -> AsyncIterator[None]:

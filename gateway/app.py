@@ -14,12 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gateway import __version__, errors, images, metrics, openapi
-from gateway.admission import Admission
+from gateway.admission import Admission, Reservation
 from gateway.context import context_of
 from gateway.errors import GatewayError
 from gateway.flow import SCALE_HEADERS, FlowService
 from gateway.inference import Cluster
 from gateway.middleware import (
+    QUIET,
     ApiKeyMiddleware,
     ContextMiddleware,
     SecurityHeadersMiddleware,
@@ -141,7 +142,7 @@ def _add_error_handlers(app: FastAPI, settings: Settings, measured: metrics.Metr
         assert isinstance(error, GatewayError)
         context = context_of(request)
         context.outcome = errors.KINDS[type(error)].slug
-        if isinstance(error, LOAD):
+        if isinstance(error, LOAD) and request.url.path not in QUIET:
             measured.rejected.labels(context.outcome).inc()
         if isinstance(error, errors.ModelFailed):
             log.error("%s", error.detail, extra={"request_id": context.request_id})
@@ -197,6 +198,8 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
                 max_length=128,
             ),
         ] = settings.default_model,
+        *,
+        room: Annotated[Reservation, Depends(service.admitted)],
     ) -> Response:
         """The optical flow from the first image to the second.
 
@@ -206,7 +209,7 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
 
         The header `X-Request-Timeout` sets how many seconds the answer may take.
         """
-        return await service.answer(request, model, size == "native")
+        return await service.answer(request, model, size == "native", room)
 
     declared: dict[str, Any] = {
         "summary": "Estimate optical flow",
@@ -240,7 +243,6 @@ def _add_flow(app: FastAPI, settings: Settings, service: FlowService) -> None:
         | {200: openapi.flow_response()},
         "response_class": Response,
         "openapi_extra": {"requestBody": openapi.flow_request()},
-        "dependencies": [Depends(service.admitted)],
     }
     app.post("/estimate_flow/", **declared)(estimate_flow)
     app.post("/estimate_flow", include_in_schema=False, **declared)(estimate_flow)
@@ -260,11 +262,13 @@ def _add_reports(
         """The networks that are loaded, with the source and licence of their weights."""
         return Models(models=served())
 
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez")
     async def livez() -> Status:
         """Whether the process answers."""
         return Status(status="ok")
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get(
         "/readyz",
         responses=openapi.errors(errors.InferenceUnavailable, errors.Stopping),
@@ -276,6 +280,7 @@ def _add_reports(
         cluster.require(settings.default_model, settings.default_model)
         return Status(status="ok")
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> Health:
         """Versions and states of the gateway, of every Triton, and of the default model."""
@@ -297,6 +302,7 @@ def _add_reports(
             ],
         )
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get(
         "/metrics",
         response_class=Response,

@@ -1,5 +1,6 @@
 """From the body of a request to the bytes of two image files."""
 
+import asyncio
 import binascii
 from typing import Any
 
@@ -13,6 +14,7 @@ from gateway.errors import (
     BadBase64,
     BadJson,
     BadMultipart,
+    BodyTimeout,
     BodyTooLarge,
     MissingField,
     UnexpectedField,
@@ -35,6 +37,13 @@ READ_AS_JSON = {
     "application/x-www-form-urlencoded",
 }
 
+IDLE_SECONDS = 10.0
+"""A body of which nothing comes for so long is given up, and what was kept free for it."""
+
+_MAX_MARKS = 100
+"""Commas and opening brackets in JSON; an object with two data URLs has four. Each one more may
+become an object in Python's memory, many times as large."""
+
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _SHOWN_NAMES = 3
 _SHOWN_LENGTH = 40
@@ -46,6 +55,7 @@ async def read(request: Request, limit: int, reservation: Reservation) -> bytear
     Raises:
         UnsupportedMediaType: the header announces something that cannot be read.
         BodyTooLarge: the body is longer than the limit.
+        BodyTimeout: nothing of it comes any more.
         Overloaded: all bodies together are longer than the budget.
     """
     check_headers(request)
@@ -56,11 +66,21 @@ async def read(request: Request, limit: int, reservation: Reservation) -> bytear
     _check_length(size, limit)
     reservation.grow(size)
     body = bytearray()
-    async for chunk in request.stream():
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise BodyTimeout(
+                f"Nothing of the body came for {IDLE_SECONDS:g} seconds.",
+                headers={"Connection": "close"},
+            ) from None
+        if chunk is None:
+            return body
         _check_length(len(body) + len(chunk), limit)
         reservation.grow(len(body) + len(chunk))
         body += chunk
-    return body
 
 
 def _check_length(size: int, limit: int) -> None:
@@ -107,6 +127,11 @@ def parse(body: bytearray, content_type: str) -> dict[str, bytes]:
 
 
 def _parse_json(body: bytearray) -> dict[str, bytes]:
+    if sum(body.count(mark) for mark in b",[{") > _MAX_MARKS:
+        raise BadJson(
+            f"The body is not JSON, or it holds more than {' and '.join(JSON_FIELDS)}. "
+            "Send an object with two strings."
+        )
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -30,6 +30,10 @@ class GatewayError(Exception):
         self.headers = headers or {}
 
 
+class BadRequest(GatewayError):
+    """The bytes are no HTTP request."""
+
+
 class BadJson(GatewayError):
     """The body is not a JSON object."""
 
@@ -165,6 +169,7 @@ class Kind:
 
 
 KINDS: dict[type[GatewayError], Kind] = {
+    BadRequest: Kind(400, "bad-request", "The request is not HTTP"),
     BadJson: Kind(400, "bad-json", "The body is not a JSON object"),
     BadMultipart: Kind(400, "bad-multipart", "The body is not a multipart form"),
     Unauthorized: Kind(401, "unauthorized", "An API key is needed"),

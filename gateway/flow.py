@@ -2,22 +2,25 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway import body, images
 from gateway.admission import Admission, Reservation
 from gateway.context import Context, context_of
 from gateway.encoding import Flow
 from gateway.errors import (
+    KINDS,
     BodyTimeout,
     ClientGone,
     DeadlineExceeded,
@@ -33,23 +36,42 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 SCALE_HEADERS = ("X-Scale-X-Back-Factor", "X-Scale-Y-Back-Factor")
 
 SEND_BYTES = 256 * 1024
+SEND_GRACE_SECONDS = 30.0
+SEND_BYTES_PER_SECOND = 64 * 1024
+"""A client that reads more slowly than this, after the grace, is cut off."""
 
 T = TypeVar("T")
 
 
 class PiecewiseResponse(Response):
     """Sends its content in pieces, each when the one before is on its way, so that what a slow
-    client has not read yet stays here, and the request stays counted."""
+    client has not read yet stays here, and the request stays counted; but not for ever."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        began = asyncio.get_running_loop().time()
+        try:
+            for sent, message in self._messages():
+                patience = SEND_GRACE_SECONDS + sent / SEND_BYTES_PER_SECOND
+                async with asyncio.timeout_at(began + patience):
+                    await send(message)
+        except TimeoutError:  # the server closes a connection whose answer is not complete
+            context_of(scope).outcome = KINDS[ClientGone].slug
+
+    def _messages(self) -> Iterator[tuple[int, Message]]:
+        """The messages, each with the number of bytes that come before it."""
+        yield (
+            0,
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            },
         )
         for start in range(0, len(self.body), SEND_BYTES):
             piece = bytes(self.body[start : start + SEND_BYTES])
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            yield start, {"type": "http.response.body", "body": piece, "more_body": True}
+        yield len(self.body), {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 @dataclass(frozen=True)
@@ -72,24 +94,36 @@ class FlowService:
     metrics: Metrics
     threads: ThreadPoolExecutor
 
-    async def admitted(self) -> AsyncIterator[None]:
-        """FastAPI dependency: hold a place until the answer is sent."""
-        with self.admission.enter():
-            yield
+    async def admitted(self) -> AsyncIterator[Reservation]:
+        """FastAPI dependency: a place, and room for the answer, held until the answer is sent."""
+        with self.admission.enter(), Reservation(self.admission.answers) as room:
+            yield room
 
-    async def answer(self, request: Request, model: str, native: bool) -> Response:
+    async def answer(
+        self, request: Request, model: str, native: bool, room: Reservation
+    ) -> Response:
         """Read, decode, infer, encode.
+
+        Slots and bytes are held by the task that does it, which ends when its thread does: later
+        than this, when the deadline passes or the client leaves.
+
+        Args:
+            request: the request.
+            model: name of the model.
+            native: whether the images are inferred at their own size.
+            room: what `admitted` gave; holds the answer's bytes at the end.
 
         Raises:
             GatewayError: whatever is wrong; see `gateway.errors`.
         """
         context = context_of(request)
-        form = choose_format(request.headers.get("accept", ""))
-        encoding = choose_encoding(request.headers.get("accept-encoding", ""))
+        form = choose_format(", ".join(request.headers.getlist("accept")))
+        encoding = choose_encoding(", ".join(request.headers.getlist("accept-encoding")))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout(request)
         self.cluster.require(model, self.settings.default_model)
-        with self.admission.reserve() as reservation:
+        with ExitStack() as held:
+            reservation = held.enter_context(Reservation(self.admission.bodies))
             job = Job(
                 await self._read(request, context, reservation, deadline),
                 request.headers.get("content-type", ""),
@@ -99,8 +133,16 @@ class FlowService:
                 encoding if form.compressible else None,
                 deadline,
             )
-            work = self._infer(job, reservation, context)
-            answer = await self._until(deadline, request.receive, work)
+            task = asyncio.create_task(self._infer(job, reservation, room, context))
+            owned = held.pop_all()
+
+        def ended(task: asyncio.Task[Answer]) -> None:
+            owned.close()
+            if not task.cancelled():
+                task.exception()  # somebody else has it, or nobody cares any more
+
+        task.add_done_callback(ended)
+        answer = await self._until(deadline, request.receive, task)
         self.metrics.answer_bytes.observe(len(answer.content))
         headers = {
             SCALE_HEADERS[0]: repr(answer.scale_x),
@@ -138,9 +180,11 @@ class FlowService:
         self.metrics.body_bytes.observe(len(content))
         return content
 
-    async def _until(self, deadline: float, receive: Receive, work: Awaitable[T]) -> T:
-        """Do the work, unless the deadline passes or the client goes away first."""
-        task = asyncio.ensure_future(work)
+    async def _until(self, deadline: float, receive: Receive, task: asyncio.Task[T]) -> T:
+        """What a task returns, unless the deadline passes or the client goes away first.
+
+        Then the task is cancelled, and nobody waits for its end.
+        """
         watch = asyncio.create_task(_disconnected(receive))
         try:
             async with asyncio.timeout_at(deadline):
@@ -156,9 +200,10 @@ class FlowService:
         finally:
             task.cancel()
             watch.cancel()
-            await asyncio.gather(task, watch, return_exceptions=True)
 
-    async def _infer(self, job: "Job", reservation: Reservation, context: Context) -> Answer:
+    async def _infer(
+        self, job: "Job", reservation: Reservation, room: Reservation, context: Context
+    ) -> Answer:
         run = self._run
         pair, working_bytes = await run(job.open, self.settings, context)
         size = next(iter(pair.values())).size
@@ -178,10 +223,31 @@ class FlowService:
                     headers=context.trace_headers,
                 )
             with context.stage("encode"):
-                return await run(job.encode, flow, size)
+                answer = await run(job.encode, flow, size)
+            await room.wait(len(answer.content))
+            return answer
 
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+        """Call a function in a thread.
+
+        Cancelled, it drops a call that has not begun, and waits for the end of one that has: a
+        thread cannot be stopped, and what it holds is to stay counted.
+        """
+        call = [partial(function, *arguments)]
+
+        def begin() -> T:
+            return call.pop()()
+
+        queued = self.threads.submit(begin)
+        result = asyncio.wrap_future(queued)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            if queued.cancel():
+                call.clear()  # the queue keeps the rest until its turn
+            else:
+                await asyncio.wait({result})
+            raise
 
 
 @dataclass

@@ -74,7 +74,10 @@ class Settings(BaseSettings):
         default=64, ge=0, description="requests beyond those that may wait; the next one gets a 503"
     )
     max_buffered_bytes: int = Field(
-        default=128 * MIB, gt=0, description="request bodies held in memory, all requests together"
+        default=128 * MIB,
+        gt=0,
+        description="request bodies held in memory, all requests together; "
+        "answers that wait to be read may take as much again",
     )
     threads: int = Field(
         default=min(8, len(os.sched_getaffinity(0))),

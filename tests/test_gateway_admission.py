@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from gateway.admission import SLOT_BYTES, Admission
+from gateway.admission import SLOT_BYTES, Admission, Budget, Reservation
 from gateway.errors import Overloaded
 
 
@@ -21,7 +21,7 @@ def test_requests_are_counted_in_and_out() -> None:
 
 def test_bytes_are_reserved_and_given_back() -> None:
     admission = Admission(1, 1, max_buffered_bytes=100)
-    with admission.reserve() as first, admission.reserve() as second:
+    with Reservation(admission.bodies) as first, Reservation(admission.bodies) as second:
         first.grow(60)
         first.grow(50)
         second.grow(40)
@@ -29,7 +29,27 @@ def test_bytes_are_reserved_and_given_back() -> None:
             second.grow(41)
         first.release()
         second.grow(100)
-    assert admission.free_bytes == 100
+    assert admission.bodies.free == 100
+
+
+def test_answers_wait_for_room() -> None:
+    async def scenario() -> list[str]:
+        budget = Budget(100)
+        order = []
+
+        async def answer(name: str, size: int) -> None:
+            with Reservation(budget) as room:
+                await room.wait(size)
+                order.append(name)
+                await asyncio.sleep(0.01)
+                order.append(f"{name} sent")
+
+        await asyncio.gather(answer("a", 60), answer("larger than all", 1000), answer("b", 40))
+        assert budget.free == 100
+        return order
+
+    order = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert order == ["a", "b", "a sent", "b sent", "larger than all", "larger than all sent"]
 
 
 def test_slots_are_granted_in_order_and_large_work_waits_for_all() -> None:

@@ -1,18 +1,22 @@
 """Bodies: base64 in all its dialects, JSON and forms, and bodies made to cause trouble."""
 
+import asyncio
 import base64
 import contextlib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from gateway import body
+from gateway.admission import Budget, Reservation
 from gateway.errors import (
     KINDS,
     BadBase64,
     BadJson,
     BadMultipart,
+    BodyTimeout,
     GatewayError,
     MissingField,
     UnexpectedField,
@@ -70,6 +74,9 @@ def test_any_text_is_decoded_or_refused(text: str) -> None:
         (b'{"image1_base64": "YQ=="}', MissingField, "image2_base64"),
         (b'{"image1_base64": 1, "image2_base64": "YQ=="}', WrongType, "image1_base64"),
         (b'{"image1_base64": "YQ==", "image2_base64": null}', WrongType, "image2_base64"),
+        # Values without end, each of which would become an object.
+        (b'{"image2_base64": "YQ==", "image1_base64": [[]' + b",[]" * 1000 + b"]}", BadJson, None),
+        (b'{"image1_base64": ' + b'{"":' * 200 + b"0" + b"}" * 201, BadJson, None),
         (b'{"image1_base64": "YQ==", "image2_base64": ["YQ=="]}', WrongType, "image2_base64"),
         (
             b'{"image1_base64": "YQ==", "image2_base64": "YQ==", "image3": 0}',
@@ -85,6 +92,27 @@ def test_broken_json(content: bytes, error: type[GatewayError], field: str | Non
     assert caught.value.field == field
     assert KINDS[error].status in (400, 422)
     assert len(caught.value.detail) < 300
+
+
+def test_a_body_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read() -> None:
+        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+        async def receive() -> dict[str, object]:
+            for message in messages:
+                return message
+            return await asyncio.get_running_loop().create_future()
+
+        headers = [(b"content-length", b"1000")]
+        request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+        budget = Budget(10_000)
+        with Reservation(budget) as reservation, pytest.raises(BodyTimeout) as caught:
+            await body.read(request, 10_000, reservation)
+        assert caught.value.headers == {"Connection": "close"}
+        assert budget.free == budget.size
+
+    monkeypatch.setattr(body, "IDLE_SECONDS", 0.05)
+    asyncio.run(asyncio.wait_for(read(), 20))
 
 
 def test_a_long_unknown_name_is_not_repeated() -> None:

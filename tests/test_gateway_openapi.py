@@ -39,7 +39,7 @@ def test_every_error_of_the_flow_is_declared(document: dict) -> None:
         for response in responses.values()
         for slug in response["content"].get(errors.MEDIA_TYPE, {}).get("examples", {})
     }
-    elsewhere = {"unauthorized", "not-found", "stopping", "client-gone"}
+    elsewhere = {"unauthorized", "bad-request", "not-found", "stopping", "client-gone"}
     assert declared == {kind.slug for kind in errors.KINDS.values()} - elsewhere
 
 

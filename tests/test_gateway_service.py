@@ -208,6 +208,13 @@ class TestErrors:
         ("headers", "status", "slug", "field"),
         [
             ({"Accept": "text/html"}, 406, "not-acceptable", "Accept"),
+            # Lines of one name are one list: this one gets as far as its body.
+            (
+                [("Accept", "text/html"), ("Accept", "image/png"), ("Content-Type", "text/csv")],
+                415,
+                "unsupported-media-type",
+                "Content-Type",
+            ),
             ({"Content-Type": "image/png"}, 415, "unsupported-media-type", "Content-Type"),
             ({"Content-Type": "multipart/form-data"}, 400, "bad-multipart", "Content-Type"),
             ({"Content-Encoding": "gzip"}, 415, "unsupported-media-type", "Content-Encoding"),
@@ -217,7 +224,12 @@ class TestErrors:
         ],
     )
     def test_headers(
-        self, gateway: Gateway, headers: dict[str, str], status: int, slug: str, field: str
+        self,
+        gateway: Gateway,
+        headers: dict[str, str] | list[tuple[str, str]],
+        status: int,
+        slug: str,
+        field: str,
     ) -> None:
         answer = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
         check_problem(answer, status, slug, field)
@@ -258,6 +270,28 @@ class TestErrors:
                 b"Content-Length: 99999999999999999999\r\n\r\n"
             )
             assert b" 413 " in line.recv(4096)
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            b"nonsense\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\n\r\n",
+            b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n"
+            b"Content-Length: 2\r\n\r\n",
+            b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZ\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 2**17,
+        ],
+    )
+    def test_what_is_no_http(self, gateway: Gateway, sent: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
+            line.sendall(sent)
+            answer = http.client.HTTPResponse(line)
+            answer.begin()
+            document = json.loads(answer.read())
+        assert (answer.status, answer.headers["Content-Type"]) == (400, "application/problem+json")
+        assert document["type"] == "urn:problem-type:flownet2:bad-request"
+        assert document["request_id"] == answer.headers["X-Request-ID"]
+        assert answer.headers["Connection"] == "close"
 
     def test_models_that_fail(self, gateway: Gateway) -> None:
         answer = gateway.client.post(PATH, params={"model": "nan"}, json=BODY)
@@ -591,8 +625,31 @@ class TestLife:
                 check_problem(answer, 503, "inference-unavailable")
                 assert answer.headers["retry-after"] == "1"
             assert gateway.get("/livez") == 200
+            rejected = 'flownet2_rejected_total{reason="inference-unavailable"}'
+            assert f"{rejected} 1.0\n" in gateway.client.get("/metrics").text  # no probe counts
+            for path in ("/livez", "/readyz", "/healthz", "/metrics"):
+                head = gateway.client.head(path)
+                assert (head.status_code, head.content) == (gateway.get(path), b"")
             assert gateway.client.get("/healthz").json()["status"] == "unavailable"
             assert gateway.client.get("/models").json() == {"models": []}
+
+    def test_the_end_waits_for_no_thread_that_nobody_waits_for(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """Decoding that never ends: its request gets a 504, and the process can still exit."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import time\nfrom PIL import ImageFile\n"
+            "ImageFile.ImageFile.load = lambda self: time.sleep(3600)\n"
+        )
+        with run_gateway(
+            closed_form_triton.address.grpc, tmp_path / "log", PYTHONPATH=str(tmp_path)
+        ) as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            answer = gateway.client.post(PATH, json=BODY, headers={"X-Request-Timeout": "2"})
+            check_problem(answer, 504, "deadline-exceeded")
+            assert "flownet2_slots_used 1.0" in gateway.client.get("/metrics").text
+            gateway.process.send_signal(signal.SIGTERM)
+            assert gateway.process.wait(30) == 0
 
     def test_sigterm_finishes_what_is_in_flight(
         self, closed_form_triton: triton.Triton, tmp_path: Path

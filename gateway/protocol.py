@@ -1,0 +1,31 @@
+"""HTTP as uvicorn reads it with h11, with this service's answer to what is no HTTP."""
+
+import uuid
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gateway.errors import BadRequest, problem
+
+
+class Protocol(H11Protocol):
+    """One connection."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no request, and hang up."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is on its way
+            self.transport.close()
+            return
+        request_id = uuid.uuid4().hex
+        error = BadRequest(
+            "Send HTTP/1.1 with a Host, one length of the body, and heads of at most 64 KB.",
+            headers={"Connection": "close", "X-Request-ID": request_id},
+        )
+        answer = problem(error, request_id, 1)
+        for event in (
+            h11.Response(status_code=answer.status_code, headers=answer.raw_headers),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
