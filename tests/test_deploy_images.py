@@ -178,6 +178,10 @@ def test_plugins_are_built_installed_and_found() -> None:
         cmake = (ROOT / "plugins" / "CMakeLists.txt").read_text(encoding="utf-8")
         assert f"add_library({target} SHARED" in cmake
     assert "ONNXRUNTIME_INCLUDE_DIR" in cmake
+    assert "add_library(flownet2_batching SHARED" in cmake
+    batching = next(c for c in TRITON[-1].all("COPY") if c.words[0].endswith("_batching.so"))
+    assert f"test -f {batching.words[0]}" in build
+    assert batching.words[1].endswith("/backends/tensorrt/batchstrategy.so")
     lib = next(copy for copy in TRITON[-1].all("COPY") if copy.words[0] == "/out/lib")
     folder = f"{TRITON[-1].last('WORKDIR').rest}/{lib.words[-1]}"
     assert any(f"echo {folder} > /etc/ld.so.conf.d/" in run.rest for run in TRITON[-1].all("RUN"))
