@@ -44,6 +44,10 @@ _MAX_MARKS = 100
 """Commas and opening brackets in JSON; an object with two data URLs has four. Each one more may
 become an object in Python's memory, many times as large."""
 
+_MAX_WIDE = 2**20
+"""Longest JSON that is read with characters beyond Latin-1 in it, one of which makes Python keep
+a whole string in four bytes a character. Its errors are told more exactly."""
+
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _SHOWN_NAMES = 3
 _SHOWN_LENGTH = 40
@@ -132,6 +136,8 @@ def _parse_json(body: bytearray) -> dict[str, bytes]:
             f"The body is not JSON, or it holds more than {' and '.join(JSON_FIELDS)}. "
             "Send an object with two strings."
         )
+    if len(body) > _MAX_WIDE and not _is_narrow(body):
+        raise BadBase64("The body has characters that base64 does not have.")
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -147,6 +153,11 @@ def _parse_json(body: bytearray) -> dict[str, bytes]:
         if not isinstance(fields[name], str):
             raise WrongType(f"{name} must be a string with a base64 encoded image.", field=name)
     return {name: decode_base64(fields.pop(name), name) for name in JSON_FIELDS}
+
+
+def _is_narrow(body: bytearray) -> bool:
+    """Whether Python keeps the strings of a JSON document in one byte a character."""
+    return body.isascii() and body.count(b"\\u") == body.count(b"\\u00")
 
 
 def _check_names(fields: dict[str, Any], expected: tuple[str, str]) -> None:

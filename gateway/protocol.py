@@ -23,7 +23,9 @@ class Protocol(H11Protocol):
         )
         answer = problem(error, request_id, 1)
         for event in (
-            h11.Response(status_code=answer.status_code, headers=answer.raw_headers),
+            h11.Response(
+                status_code=answer.status_code, reason=b"Bad Request", headers=answer.raw_headers
+            ),
             h11.Data(data=bytes(answer.body)),
             h11.EndOfMessage(),
         ):

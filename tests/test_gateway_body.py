@@ -84,6 +84,11 @@ def test_any_text_is_decoded_or_refused(text: str) -> None:
             "image3",
         ),
         (b'{"image1_base64": "YQ==", "image2_base64": "%"}', BadBase64, "image2_base64"),
+        (b'{"image1_base64": "YQ==", "image2_base64": "\xc5\xbe"}', BadBase64, "image2_base64"),
+        # One wide character makes a string four times as long in memory.
+        (b'{"image1_base64": "\xf0\x9f\x98\x80' + b"A" * 2**20 + b'"}', BadBase64, None),
+        (b'{"image1_base64": "\\ud83d\\ude00' + b"A" * 2**20 + b'"}', BadBase64, None),
+        (b'{"image1_base64": "\\u002b' + b"A" * 2**20 + b'"}', MissingField, "image2_base64"),
     ],
 )
 def test_broken_json(content: bytes, error: type[GatewayError], field: str | None) -> None:

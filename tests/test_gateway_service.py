@@ -288,7 +288,8 @@ class TestErrors:
             answer = http.client.HTTPResponse(line)
             answer.begin()
             document = json.loads(answer.read())
-        assert (answer.status, answer.headers["Content-Type"]) == (400, "application/problem+json")
+        assert (answer.status, answer.reason) == (400, "Bad Request")
+        assert answer.headers["Content-Type"] == "application/problem+json"
         assert document["type"] == "urn:problem-type:flownet2:bad-request"
         assert document["request_id"] == answer.headers["X-Request-ID"]
         assert answer.headers["Connection"] == "close"
