@@ -38,7 +38,9 @@ Flow = npt.NDArray[np.float32]
 MINIMUM_SIZE = 16
 USUAL_SHAPE = (1, 512, 512, 3)  # what the gateway's default path asks for
 FLOW_CHANNELS = 2
-IMAGE_CHANNELS = 12  # at most, what a network reads: images, the warped one, flow and errors
+# At most, what a layer reads that stays float32: images, the warped one, flow and errors (12), and
+# what the thin networks make of them (24).
+FEW_CHANNELS = 24
 BF16 = openvino.Type.bf16
 # What the correlation is made of, and joins it with the features beside it.
 FOLLOWERS = {"Concat", "MatMul", "Multiply", "Pad", "PRelu", "Reshape", "Slice", "Transpose"}
@@ -69,6 +71,7 @@ class Engine:
         self._any_shape = _compile(core, model)
         # A graph for one shape is planned ahead, which saves about a tenth on the usual one.
         model.reshape({name: list(USUAL_SHAPE) for name in ("image1", "image2")})
+        remove_idle_resizes(model)
         self._usual_shape = _compile(core, model)
 
     def __call__(self, image1: Images, image2: Images) -> Flow:
@@ -122,8 +125,9 @@ def narrow(model: openvino.Model) -> None:
     OpenVINO's own bfloat16 mode converts everything: flow of hundreds of pixels, the coordinates
     that the warp computes from it, then have 8 bits. Here a convolution with its bias and its
     LeakyReLU becomes bfloat16, sums inside it being float32 as ever, unless it predicts or
-    upsamples a flow (two channels out) or reads images (12 channels in at most; these few layers
-    would cost nearly half of the accuracy lost). What only moves or compares features that are
+    upsamples a flow (two channels out) or reads few channels: the images and what is near them.
+    These few layers would cost more than half of the accuracy lost, and in the thin networks the
+    flow itself passes through them. What only moves or compares features that are
     bfloat16 already, up to the cost volume, stays bfloat16; images, flow and warp stay float32.
     """
     folding = Manager()
@@ -132,7 +136,7 @@ def narrow(model: openvino.Model) -> None:
     for node in model.get_ordered_ops():
         if node.get_type_name() in {"Convolution", "ConvolutionBackpropData"}:
             reads, gives = node.get_input_partial_shape(0)[1], node.get_output_partial_shape(0)[1]
-            if gives != FLOW_CHANNELS and reads.get_length() > IMAGE_CHANNELS:
+            if gives != FLOW_CHANNELS and reads.get_length() > FEW_CHANNELS:
                 _narrow_nodes(_layer(node))
         elif node.get_type_name() in FOLLOWERS and _reads_bfloat16(node):
             _narrow_nodes([node])

@@ -194,7 +194,8 @@ def test_a_network_is_stacked_on_a_weights_file(tmp_path: Path, trainer: MakeTra
     assert [part.name for part in run.parts] == ["net2 flow"]
     run.run()
     stored = load_weights(NETWORKS["FlowNet2-s"], weights)[0].state_dict()
-    model, _ = finished_model(tmp_path / "ss")
+    model, source = finished_model(tmp_path / "ss")
+    assert source == "a test, then its last network 2 steps in 0 minutes"
     for name, value in stored.items():
         assert torch.equal(model.state_dict()[name], value), name
     with pytest.raises(ResumeError, match="with --on"):

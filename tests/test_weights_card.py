@@ -17,8 +17,8 @@ WEIGHTS = ROOT / "weights" / "flownet2.safetensors"
 CARD = ROOT / "weights" / "README.md"
 
 
-def test_the_shipped_weights_halve_the_error_of_zero_flow_on_the_samples() -> None:
-    model, _ = load_weights(NETWORKS["FlowNet2-c"], WEIGHTS)
+def test_the_shipped_weights_leave_a_fifth_of_the_error_of_zero_flow_on_the_samples() -> None:
+    model, _ = load_weights(NETWORKS["FlowNet2-cs"], WEIGHTS)
     pairs = list(read_pairs(ROOT / "samples"))
     errors, zero = [], []
     for pair in pairs:
@@ -28,11 +28,11 @@ def test_the_shipped_weights_halve_the_error_of_zero_flow_on_the_samples() -> No
         errors.append(score(flow, pair).epe)
         zero.append(score(np.zeros_like(flow), pair).epe)
     assert len(pairs) >= 3
-    assert np.mean(errors) < 0.5 * np.mean(zero)
+    assert np.mean(errors) < 0.2 * np.mean(zero)
 
 
 def test_the_weights_file_is_small_and_free() -> None:
-    _, file = load_weights(NETWORKS["FlowNet2-c"], WEIGHTS)
+    _, file = load_weights(NETWORKS["FlowNet2-cs"], WEIGHTS)
     assert WEIGHTS.stat().st_size < 25_000_000
     assert file.license == "GPL-3.0-or-later"
     assert "synthetic" in file.source

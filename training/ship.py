@@ -30,11 +30,8 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
             parameter.copy_(state["ema"][name])
     if isinstance(trainee.module, TrainingC):
         trainee.module.fold()
-    source = (
-        "trained from nothing on synthetic pairs by this project's training.train, "
-        f"{state['step']} steps in {state['elapsed'] / 60:.0f} minutes"
-    )
-    return model, source
+    duration = f"{state['step']} steps in {state['elapsed'] / 60:.0f} minutes"
+    return model, state["source"] + duration
 
 
 def main() -> None:

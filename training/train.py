@@ -122,8 +122,8 @@ def parts_of(network: Network, last_only: bool = False) -> list[Part]:
     return parts
 
 
-def cascade_before(network: Network, path: Path) -> FlowNet2:
-    """The cascade without its last network, from a weights file.
+def cascade_before(network: Network, path: Path) -> tuple[FlowNet2, str]:
+    """The cascade without its last network, from a weights file, and where that comes from.
 
     Raises:
         UnsupportedNetworkError: the cascade has one network only, or the file no stored means.
@@ -135,10 +135,10 @@ def cascade_before(network: Network, path: Path) -> FlowNet2:
         raise UnsupportedNetworkError(f"{network.name} is one network: train it without --on")
     wanted = (network.cascade[:-1], network.width)
     before = next(one for one in NETWORKS.values() if (one.cascade, one.width) == wanted)
-    model, _ = load_weights(before, path)
+    model, file = load_weights(before, path)
     if model.pair_mean:
         raise UnsupportedNetworkError(f"{path.name} has no stored means; training subtracts those")
-    return model
+    return model, file.source
 
 
 class Trainee(nn.Module):
@@ -242,8 +242,10 @@ class Trainer:
         self.textures: Textures = load_textures(arguments.textures, self.device)
         self.model = FlowNet2(self.network)
         channel_means(self.model)
+        self.source = "trained from nothing on synthetic pairs by this project's training.train, "
         if arguments.on:
-            before = cascade_before(self.network, arguments.on)
+            before, source = cascade_before(self.network, arguments.on)
+            self.source = f"{source}, then its last network "
             self.model.load_state_dict(before.state_dict(), strict=False)
         self.model.to(self.device)
         self.workers = Workers(arguments.workers)
@@ -350,6 +352,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         return {
             "network": self.network.name,
+            "source": self.source,
             "blocks": [part.block for part in self.parts],
             "model": self.model.state_dict(),
             "trainee": self.trainee.state_dict(),
