@@ -91,7 +91,7 @@ def test_builder_takes_every_network(exported: Exported, rtx: Rtx) -> None:
     plan = rtx.build(rtx.parse(exported.file), exported.proto)
     assert rtx.log.errors == []
     weights = exported.file.stat().st_size
-    assert 0.9 * weights < plan.nbytes < 2.5 * weights
+    assert 0.9 * weights < plan.nbytes < 4 * weights  # something of it for each profile
 
 
 def test_plan_of_a_network_with_means_over_both_images(tmp_path: Path, rtx: Rtx) -> None:
