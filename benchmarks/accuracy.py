@@ -27,7 +27,7 @@ def compare(address: Address, network: str) -> str:
     names, rows = [], []
     with grpc.InferenceServerClient(address.grpc) as client:
         for pair in read_pairs(SAMPLES):
-            image1, image2 = (frame[None] for frame in pair.frames)
+            image1, image2 = (np.array(frame)[None] for frame in pair.frames)
             exact = run_eager(model, image1, image2)[0]
             served = infer(client, image1, image2)[0]
             names.append(pair.name)
