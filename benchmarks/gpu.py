@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from export.networks import NETWORKS, FlowNet2
-from plugins.test_cuda import Case, Kernel, Missing, compile_kernels, spatial_correlation_sample
+from plugins.test_cuda import (
+    Case,
+    Kernel,
+    Missing,
+    compile_kernels,
+    sampler,
+    spatial_correlation_sample,
+)
 
 SIZE = 512
 WARM_UP, ROUNDS = 5, 30
@@ -75,7 +82,7 @@ def ways(name: str, folder: Path, op_library: Path | None) -> Iterator[tuple[str
 
     yield "eager fp32, correlation in standard operators", eager
     if spatial_correlation_sample is not None:
-        with patch("export.networks.correlation", sampler):
+        with patch("export.networks.correlation", other_correlation):
             yield "eager fp32, spatial-correlation-sampler's kernel", eager
     ours = correlation_with(Kernel(compile_kernels(folder, capability())))
     with patch("export.networks.correlation", ours):
@@ -107,10 +114,10 @@ def correlation_with(kernel: Kernel) -> Callable[[Tensor, Tensor], Tensor]:
     return correlation
 
 
-def sampler(a: Tensor, b: Tensor) -> Tensor:
+def other_correlation(a: Tensor, b: Tensor) -> Tensor:
     """The same by spatial-correlation-sampler, whose kernel is of the kind that the ports have."""
-    patches: Tensor = spatial_correlation_sample(a, b, patch_size=21, dilation_patch=2)
-    return patches.flatten(1, 2) / a.shape[1]
+    sums: Tensor = sampler(a, b)
+    return sums.flatten(1, 2) / a.shape[1]
 
 
 def onnx_runtime(

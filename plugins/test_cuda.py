@@ -115,15 +115,7 @@ def milliseconds(call: Callable[[], object]) -> float:
     with torch.cuda.graph(graph):
         for _ in range(LAUNCHES):
             call()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / LAUNCHES)
-    return statistics.median(times)
+    return median_of_repeats(graph.replay)
 
 
 def milliseconds_uncaptured(call: Callable[[], object]) -> float:
@@ -131,14 +123,23 @@ def milliseconds_uncaptured(call: Callable[[], object]) -> float:
 
     Where the GPU is faster than the launches, their time is in it.
     """
+
+    def launch() -> None:
+        for _ in range(LAUNCHES):
+            call()
+
     call()
+    return median_of_repeats(launch)
+
+
+def median_of_repeats(launch: Callable[[], object]) -> float:
+    """Median milliseconds of one of the LAUNCHES calls that `launch` queues on an idle GPU."""
     times = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        for _ in range(LAUNCHES):
-            call()
+        launch()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / LAUNCHES)

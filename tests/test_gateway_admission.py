@@ -32,6 +32,13 @@ def test_bytes_are_reserved_and_given_back() -> None:
     assert admission.bodies.free == 100
 
 
+async def stay(order: list[str], name: str, end: str) -> None:
+    """Note a beginning and, a moment later, the end."""
+    order.append(name)
+    await asyncio.sleep(0.01)
+    order.append(f"{name} {end}")
+
+
 def test_answers_wait_for_room() -> None:
     async def scenario() -> list[str]:
         budget = Budget(100)
@@ -40,9 +47,7 @@ def test_answers_wait_for_room() -> None:
         async def answer(name: str, size: int) -> None:
             with Reservation(budget) as room:
                 await room.wait(size)
-                order.append(name)
-                await asyncio.sleep(0.01)
-                order.append(f"{name} sent")
+                await stay(order, name, "sent")
 
         await asyncio.gather(answer("a", 60), answer("larger than all", 1000), answer("b", 40))
         assert budget.free == 100
@@ -59,9 +64,7 @@ def test_slots_are_granted_in_order_and_large_work_waits_for_all() -> None:
 
         async def work(name: str, slots: int) -> None:
             async with admission.in_flight(slots * SLOT_BYTES):
-                order.append(name)
-                await asyncio.sleep(0.01)
-                order.append(f"{name} done")
+                await stay(order, name, "done")
 
         await asyncio.gather(work("a", 2), work("b", 100), work("c", 1))
         assert admission.free_slots == 3
