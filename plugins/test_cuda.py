@@ -3,7 +3,7 @@
     python plugins/test_cuda.py
 
 Needs a GPU, nvcc, PyTorch with CUDA and NumPy. Compiles the kernels for the GPU that is there,
-holds them against brute force over the table of `tests/correlation_cases.py`, and times FlowNet2's
+holds them against brute force over `tests/support/correlation_cases.py`, and times FlowNet2's
 two sizes against the larger of two limits, both measured here: moving inputs and output once at the
 speed of a large copy, and the arithmetic at the speed of cuBLAS. If the package
 `spatial-correlation-sampler` is installed, its kernel runs beside.
@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 PLUGINS = Path(__file__).parent
-sys.path.insert(0, str(PLUGINS.parent / "tests"))
+sys.path.insert(0, str(PLUGINS.parent))
 
-from correlation_cases import CASES, TIMED_CASES, Case, brute_force, tolerance  # noqa: E402
+from tests.support.correlation_cases import CASES, TIMED_CASES, Case, brute_force, tolerance  # noqa: E402
 
 try:
     import torch

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from exported import EXPORTS, Exported, export
-from gateway_stack import Gateway, run_gateway, wait_until, write_repository
-from stack import Stack, run_stack
 
 from benchmarks.report import bypass_proxies
 from launch import triton
+from tests.support.exported import EXPORTS, Exported, export
+from tests.support.gateway_stack import Gateway, run_gateway, wait_until, write_repository
+from tests.support.stack import Stack, run_stack
 
 bypass_proxies()  # pip may have needed one; what the tests ask is on this machine
 

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stack import ROOT, Stack
-
 from benchmarks import perf_analyzer
 from gateway import settings
+from tests.support.stack import ROOT, Stack
 
 README = (ROOT / "README.md").read_text()
 # From "Ask for flow" up to "Networks and weights".

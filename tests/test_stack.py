@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from stack import ROOT, Stack, run_stack
 
+from tests.support.stack import ROOT, Stack, run_stack
 from training.pairs import read_flo
 
 SAMPLES = sorted(path.parent for path in (ROOT / "samples").glob("*/gt.flo"))

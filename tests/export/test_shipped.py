@@ -1,0 +1,90 @@
+"""The shipped model takes nobody's place unasked, and is what the repository says it is."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export import shipped
+from export.repository import write_model
+
+ROOT = Path(__file__).parents[2]
+OTHER = {"network": "FlowNet2", "weights_source": "the user", "weights_license": "none"}
+
+
+def graph(repository: Path) -> onnx.ModelProto:
+    return onnx.load(repository / "flownet2" / "1" / "model.onnx")
+
+
+def test_exported_weights_of_others_stay_until_the_shipped_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path, "flownet2", onnx.ModelProto(producer_name="the user"), OTHER)
+    shipped.main(["--repository", str(tmp_path), "--keep-other"])
+    assert graph(tmp_path).producer_name == "the user"
+    assert "keeps its weights (the user); `make model`" in capsys.readouterr().out
+
+    shipped.main(["--repository", str(tmp_path)])
+    assert graph(tmp_path).producer_name != "the user"
+    assert "FlowNet2 -> " not in capsys.readouterr().out
+    assert shipped.other_weights(tmp_path) is None
+
+
+def test_a_model_that_is_old_or_gone_is_written(tmp_path: Path) -> None:
+    _, description = shipped.shipped_model()
+    old = onnx.ModelProto(producer_name="an old version")
+    write_model(tmp_path, "flownet2", old, description)
+    shipped.main(["--repository", str(tmp_path), "--keep-other"])
+    assert graph(tmp_path).producer_name != old.producer_name
+
+    write_model(tmp_path, "flownet2", old, OTHER)
+    shutil.rmtree(tmp_path / "flownet2" / "1")
+    shipped.main(["--repository", str(tmp_path), "--keep-other"])
+    assert graph(tmp_path).producer_name != old.producer_name
+
+
+def test_the_configurations_in_the_repository_are_of_the_shipped_weights(tmp_path: Path) -> None:
+    repository = ROOT / "model_repository"
+    if source := shipped.other_weights(repository):
+        pytest.skip(f"the model here has weights of another source: {source}")
+    shipped.write_shipped(tmp_path)
+    files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.pbtxt"))
+    assert len(files) == 4
+    for file in files:
+        assert (repository / file).read_text() == (tmp_path / file).read_text(), file
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    shutil.copy(ROOT / "Makefile", folder)
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 14), (2, 7)])
+def test_a_python_that_nothing_was_tested_with_is_refused(
+    tmp_path: Path, version: tuple[int, int]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] || exit 5\n'
+        f'exec {sys.executable} -c "import sys; sys.version_info = {(*version, 0)}\n$2"\n'
+    )
+    python.chmod(0o755)
+    done = make(tmp_path, ".venv/bin/python", f"PYTHON={python}")
+    said = f"{python} is Python {version[0]}.{version[1]}, and 3.11 to 3.13 is needed"
+    assert done.returncode != 0
+    assert f"{said}: name one, as in PYTHON=python3.12" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_clean_keeps_what_was_exported_and_trained(tmp_path: Path) -> None:
+    for file in (".venv/x", "build/x", "runs/c/model.pt", "model_repository/flownet2/1/model.onnx"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert make(tmp_path, "clean").returncode == 0
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"Makefile", "runs/c/model.pt", "model_repository/flownet2/1/model.onnx"}

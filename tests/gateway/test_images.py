@@ -1,0 +1,238 @@
+"""Decoding: right pixels for every mode, a client's error for every broken file, never a crash."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gateway import images
+from gateway.admission import SLOT_BYTES
+from gateway.errors import (
+    KINDS,
+    AnimatedImage,
+    DamagedImage,
+    GatewayError,
+    ImageTooLarge,
+    ImageTooSmall,
+    NotAnImage,
+    SizesDiffer,
+    UnsupportedImageFormat,
+)
+from tests.support.gateway_stack import ROOT, encoded, picture
+from tests.support.hostile_images import bad_images, good_images, interlaced, no_palette
+
+FORMATS = ["PNG", "JPEG", "WEBP"]
+GOOD = dict(good_images())
+BAD = dict(bad_images())
+MAX_PIXELS = 64_000_000
+
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
+
+@pytest.fixture(autouse=True)
+def _pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    images.configure_pillow(MAX_PIXELS, FORMATS)
+
+
+def prepare(file: bytes, native: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The second image of a pair through the whole decoding path."""
+    pair = images.open_pair({"image1": file, "image2": file}, FORMATS, max_pixels)
+    if native:
+        images.check_native(pair["image2"], "image2", 2**22)
+    images.load(pair["image1"], "image1")
+    return images.to_rgb(images.load(pair["image2"], "image2"), "image2", native)
+
+
+def as_before(file: bytes) -> np.ndarray:
+    """What the replaced service made of a file."""
+    with Image.open(io.BytesIO(file)) as image:
+        return np.asarray(image.resize((512, 512), Image.Resampling.LANCZOS).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_unusual_files_are_read_as_before(name: str) -> None:
+    file = GOOD[name]
+    pixels = prepare(file)
+    assert (pixels.shape, pixels.dtype) == ((512, 512, 3), np.uint8)
+    if name != "png-16-bit":
+        np.testing.assert_array_equal(pixels, as_before(file))
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    grey = picture(3, mode="L")
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    np.testing.assert_array_equal(prepare(encoded(wide)), as_before(encoded(grey)))
+    ramp = np.arange(0, 2**16, 2**8, dtype=np.uint16).reshape(16, 16)
+    scaled = prepare(encoded(Image.fromarray(ramp)), native=True)
+    np.testing.assert_array_equal(scaled[..., 0], np.rint(ramp / 65535 * 255))
+
+
+def test_interlaced_has_the_pixels_of_the_plain_file() -> None:
+    grey = np.asarray(picture(4, 37, 29, mode="L"))
+    np.testing.assert_array_equal(prepare(interlaced(grey), native=True)[..., 1], grey)
+
+
+def test_native_keeps_the_size_and_ignores_orientation() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert prepare(encoded(picture(1, 64, 48), "JPEG", exif=exif), native=True).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_broken_files_are_the_clients_error(name: str, native: bool) -> None:
+    with pytest.raises(GatewayError) as caught:
+        prepare(BAD[name], native)
+    kind = KINDS[type(caught.value)]
+    assert kind.status in (413, 415, 422)
+    assert caught.value.field in ("image1", "image2")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("text", NotAnImage),
+        ("zeros", NotAnImage),
+        ("gif", UnsupportedImageFormat),
+        ("tiff", UnsupportedImageFormat),
+        ("pdf", UnsupportedImageFormat),
+        ("animated-webp", AnimatedImage),
+        ("animated-png", AnimatedImage),
+        ("bomb-by-size", ImageTooLarge),
+        ("webp-canvas-bomb", ImageTooLarge),
+        ("absurd-size", ImageTooLarge),
+        ("10000000-wide", ImageTooLarge),
+        ("65501-high", ImageTooLarge),
+        ("jpeg-many-scans", DamagedImage),
+        ("ztxt-bomb", DamagedImage),
+        ("itxt-bomb", DamagedImage),
+        ("many-texts", DamagedImage),
+        ("wrong-crc", DamagedImage),
+        ("png-head-jpeg-body", DamagedImage),
+        ("webp-cut-0.5", DamagedImage),
+    ],
+)
+def test_the_cause_is_named(name: str, error: type[GatewayError]) -> None:
+    with pytest.raises(error):
+        prepare(BAD[name])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_pixel_limit_is_exact(form: str) -> None:
+    images.configure_pillow(40 * 30, FORMATS)
+    assert prepare(encoded(picture(1, 40, 30), form), max_pixels=1200).shape == (512, 512, 3)
+    with pytest.raises(ImageTooLarge, match="1200 pixels"):
+        prepare(encoded(picture(1, 41, 30), form), max_pixels=1200)
+
+
+def test_sizes_must_be_one() -> None:
+    files = {"image1": encoded(picture(1, 40, 30)), "image2": encoded(picture(1, 30, 40))}
+    with pytest.raises(SizesDiffer, match=r"image1 has 40x30 .* image2 30x40"):
+        images.open_pair(files, FORMATS, MAX_PIXELS)
+
+
+def test_colours_without_a_palette_are_damage() -> None:
+    """Resizing makes them black; Pillow converts them at their own size with an AssertionError."""
+    assert prepare(no_palette()).shape == (512, 512, 3)
+    with pytest.raises(DamagedImage):
+        prepare(no_palette(), native=True)
+
+
+def test_native_limits() -> None:
+    with pytest.raises(ImageTooSmall):
+        prepare(encoded(picture(1, 15, 40)), native=True)
+    assert prepare(encoded(picture(1, 16, 40)), native=True).shape == (40, 16, 3)
+    with pytest.raises(ImageTooLarge):
+        prepare(encoded(Image.new("L", (2**11, 2**11 + 1))), native=True)
+    with pytest.raises(ImageTooLarge, match="multiple of 64"):  # the model sees 128 rows for 65
+        prepare(encoded(Image.new("L", (40_000, 65))), native=True)
+
+
+DECODE = """
+import sys
+from gateway import images
+images.configure_pillow(64_000_000, ["PNG", "JPEG", "WEBP"])
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+file = open(sys.argv[1], "rb").read()
+image = images.open_pair({"a": file, "b": file}, ["PNG", "JPEG", "WEBP"], 64_000_000)["a"]
+counted, before = images.working_bytes({"a": image}, native=False), peak()
+images.to_rgb(images.load(image, "a"), "a", native=False)
+print(counted, peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "options"),
+    [
+        ("RGB", "PNG", {}),
+        ("RGBA", "PNG", {}),
+        ("I;16", "PNG", {}),
+        ("RGB", "JPEG", {}),
+        ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
+        ("CMYK", "JPEG", {"progressive": True, "subsampling": 0}),
+        ("RGB", "WEBP", {"method": 0}),
+    ],
+)
+def test_memory_is_counted_as_it_is_used(
+    mode: str, form: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    """What decoding takes is no more than what is counted, and what every request may take."""
+    (tmp_path / "file").write_bytes(encoded(Image.new(mode, (3000, 2000)), form, **options))
+    command = [sys.executable, "-c", DECODE, str(tmp_path / "file")]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    counted, used = map(int, output.split())
+    assert used < counted + SLOT_BYTES
+    assert counted < 2 * used  # and not far from it
+
+
+def refused_or_read(file: bytes) -> None:
+    status, shape = 200, (512, 512, 3)
+    try:
+        shape = prepare(file).shape
+    except GatewayError as error:
+        status = KINDS[type(error)].status
+    assert status < 500
+    assert shape == (512, 512, 3)
+
+
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    form=st.sampled_from(FORMATS),
+    mode=st.sampled_from(["RGB", "L"]),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    cut=st.floats(0, 1),
+    tail=st.binary(max_size=40),
+)
+def test_mutated_files_never_crash(
+    form: str, mode: str, edits: list[tuple[float, int]], cut: float, tail: bytes
+) -> None:
+    images.configure_pillow(2**20, FORMATS)
+    file = bytearray(encoded(picture(2, 24, 17, mode), form))
+    for place, value in edits:
+        file[int(place * len(file))] = value
+    refused_or_read(bytes(file[: int(cut * len(file)) or 1]) + tail)
+
+
+@settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    head=st.sampled_from(
+        [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x20\0\0\0WEBPVP8 ", b"GIF89a"]
+    ),
+    tail=st.binary(max_size=300),
+)
+def test_any_bytes_never_crash(head: bytes, tail: bytes) -> None:
+    images.configure_pillow(2**20, FORMATS)
+    refused_or_read(head + tail)

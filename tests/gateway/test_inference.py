@@ -1,0 +1,254 @@
+"""The client of Triton, against real Tritons: contract, meanings of errors, loss and recovery."""
+
+import asyncio
+import itertools
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from gateway import inference
+from gateway.errors import (
+    DeadlineExceeded,
+    ImageTooLarge,
+    InferenceUnavailable,
+    ModelFailed,
+    QueueFull,
+)
+from gateway.inference import Cluster, Endpoint, EndpointLost, check_flow, classify
+from launch import triton
+from tests.support.gateway_stack import (
+    as_json,
+    encoded,
+    expected_flow,
+    picture,
+    run_gateway,
+    wait_until,
+    write_model,
+)
+
+IMAGE = np.zeros((16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "meaning"),
+    [
+        ("UNAVAILABLE", "[request id: 5] Exceeds maximum queue size", QueueFull),
+        ("UNAVAILABLE", "Request timeout expired", DeadlineExceeded),
+        ("UNAVAILABLE", "failed to connect to all addresses; last error: …", EndpointLost),
+        ("UNAVAILABLE", "Socket closed", EndpointLost),
+        ("UNAVAILABLE", "Server is stopping, scheduler for model has stopped …", EndpointLost),
+        ("NOT_FOUND", "Request for unknown model: 'a' is not found", EndpointLost),
+        ("UNKNOWN", "Stream removed", EndpointLost),
+        ("INTERNAL", "Stub process 'a_0' is not healthy.", EndpointLost),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
+        ("INTERNAL", "CUDA out of memory", ModelFailed),
+        ("INVALID_ARGUMENT", "unexpected shape", ModelFailed),
+        (
+            "INVALID_ARGUMENT",
+            "failed to find any Optimization Profile among [ 0[0] 1[1]] to support the requested …",
+            ImageTooLarge,
+        ),
+        (
+            "INVALID_ARGUMENT",
+            "request specifies invalid shape for input 'image1' for flownet2_0_gpu0. Error …",
+            ImageTooLarge,
+        ),
+    ],
+)
+def test_meanings(status: str, message: str, meaning: type[Exception]) -> None:
+    assert type(classify(InferenceServerException(message, f"StatusCode.{status}"))) is meaning
+
+
+def infer(address: str, model: str, timeout: float, count: int = 1) -> list[object]:
+    """What `count` simultaneous inferences end in."""
+
+    async def run() -> list[object]:
+        endpoint = Endpoint(address)
+        try:
+            calls = [
+                endpoint.infer(model, IMAGE, IMAGE, timeout=timeout, request_id="t", headers={})
+                for _ in range(count)
+            ]
+            return list(await asyncio.gather(*calls, return_exceptions=True))
+        finally:
+            await endpoint.client.close()
+
+    return asyncio.run(run())
+
+
+def test_meanings_as_triton_says_them(closed_form_triton: triton.Triton) -> None:
+    address = closed_form_triton.address.grpc
+    assert isinstance(infer(address, "flownet2", 30)[0], np.ndarray)
+    assert type(infer(address, "nosuch", 30)[0]) is EndpointLost
+    assert type(infer(address, "raising", 30)[0]) is ModelFailed
+    assert type(infer(address, "slow", 0.3)[0]) is DeadlineExceeded
+    assert type(infer("127.0.0.1:1", "flownet2", 5)[0]) is EndpointLost
+    outcomes = [type(one) for one in infer(address, "slow", 30, count=6)]
+    assert outcomes.count(np.ndarray) >= 1
+    assert outcomes.count(QueueFull) >= 2
+    assert set(outcomes) == {np.ndarray, QueueFull}
+
+
+def test_timeout_of_the_request_bounds_tritons_queue(closed_form_triton: triton.Triton) -> None:
+    """Triton itself gives up on a request that waits too long, without the gRPC deadline's help."""
+
+    async def run() -> object:
+        endpoint = Endpoint(closed_form_triton.address.grpc)
+        client_infer = endpoint.client.infer
+
+        async def without_deadline(*arguments: object, **options: object) -> object:
+            return await client_infer(*arguments, **{**options, "client_timeout": None})
+
+        first = asyncio.create_task(
+            endpoint.infer("slow", IMAGE, IMAGE, timeout=30, request_id="1", headers={})
+        )
+        await asyncio.sleep(0.5)
+        endpoint.client.infer = without_deadline
+        second = endpoint.infer("slow", IMAGE, IMAGE, timeout=0.2, request_id="2", headers={})
+        outcome = (await asyncio.gather(second, return_exceptions=True))[0]
+        await first
+        await endpoint.client.close()
+        return outcome
+
+    assert type(asyncio.run(run())) is DeadlineExceeded
+
+
+@pytest.mark.parametrize("flow", [None, np.zeros((1, 4, 5, 2)), np.zeros((1, 4, 5, 3), np.float32)])
+def test_no_flow_is_a_failure(flow: np.ndarray | None) -> None:
+    with pytest.raises(ModelFailed):
+        check_flow(flow, 4, 5)
+
+
+def test_names_that_do_not_resolve_are_no_crash() -> None:
+    async def run() -> None:
+        cluster = Cluster(["nowhere.invalid:8001", "127.0.0.1:1"])
+        cluster.start()
+        async with asyncio.timeout(30):
+            while [one.address for one in cluster.endpoints] != ["127.0.0.1:1"]:
+                await asyncio.sleep(0.05)
+        with pytest.raises(InferenceUnavailable):
+            cluster.require("flownet2", "flownet2")
+        await cluster.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "host", ["triton", ":8001", "triton:", "triton:0", "triton:65536", "a..b:1", f"{'a' * 64}:1"]
+)
+def test_endpoints_that_can_be_none_are_refused_at_start(host: str) -> None:
+    with pytest.raises(ValueError, match=f"TRITON_ENDPOINTS: '{host}' is not host:port"):
+        Cluster(["127.0.0.1:8001", host])
+
+
+def test_whatever_goes_wrong_the_loops_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name's addresses are those of the second try, and its Triton's state of the third."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        resolve, tries, refreshes = loop.getaddrinfo, itertools.count(), itertools.count()
+
+        async def fails_once(*arguments: Any, **options: Any) -> Any:
+            if next(tries) == 0:
+                raise UnicodeError("label empty or too long")
+            return await resolve(*arguments, **options)
+
+        async def fails_twice(endpoint: Endpoint) -> None:
+            if next(refreshes) < 2:
+                raise KeyError("a bug")
+            endpoint.trouble = "third try"
+
+        monkeypatch.setattr(loop, "getaddrinfo", fails_once)
+        monkeypatch.setattr(Endpoint, "_refresh", fails_twice)
+        cluster = Cluster(["127.0.0.1:1"])
+        cluster.start()
+        async with asyncio.timeout(30):
+            while [one.trouble for one in cluster.endpoints] != ["third try"]:
+                await asyncio.sleep(0.05)
+        await cluster.close()
+
+    monkeypatch.setattr(inference, "RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr(inference, "POLL_SECONDS", 0.05)
+    asyncio.run(run())
+
+
+def test_a_proxy_is_not_for_triton(
+    closed_form_triton: triton.Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(infer(closed_form_triton.address.grpc, "flownet2", 30)[0], np.ndarray)
+
+
+def test_a_name_stands_for_its_addresses(closed_form_triton: triton.Triton) -> None:
+    async def run() -> None:
+        cluster = Cluster([f"localhost:{closed_form_triton.address.grpc_port}"])
+        cluster.start()
+        try:
+            async with asyncio.timeout(30):
+                while "flownet2" not in cluster.models():
+                    await asyncio.sleep(0.05)
+            serving = [one.address for one in cluster.endpoints if one.models]
+            assert serving == [closed_form_triton.address.grpc]
+        finally:
+            await cluster.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The default model, a little slow, so that requests are in flight when something happens."""
+    write_model(tmp_path / "repository", delay_s=1)
+    return tmp_path / "repository"
+
+
+def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> None:
+    first, second = picture(1), picture(2)
+    body = as_json(encoded(first), encoded(second))
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+    stays, goes = triton.local_address(), triton.local_address()
+    with triton.serve(repository, address=stays), triton.serve(repository, address=goes) as victim:
+        endpoints = f"{stays.grpc},{goes.grpc}"
+        with run_gateway(endpoints, tmp_path / "log", GATEWAY_DEFAULT_TIMEOUT_S="60") as gateway:
+            serving = "flownet2_endpoints_serving"
+            metrics = f"{gateway.url}/metrics"
+            wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
+
+            def client() -> None:
+                with httpx.Client(timeout=120) as session:
+                    while not stop.is_set():
+                        url = f"{gateway.url}/estimate_flow/"
+                        answers.append(session.post(url, json=body))
+
+            clients = [threading.Thread(target=client) for _ in range(4)]
+            for one in clients:
+                one.start()
+            wait_until(lambda: "flownet2_slots_used 4.0" in httpx.get(metrics).text)
+            time.sleep(0.5)  # from their slots to Triton, which takes a second for each
+            os.kill(victim.child.pid, signal.SIGKILL)
+            wait_until(lambda: f"{serving} 1.0" in httpx.get(metrics).text)
+            after = len(answers)
+            wait_until(lambda: len(answers) >= after + 5)
+            stop.set()
+            for one in clients:
+                one.join()
+            assert "endpoint lost during a request" in (tmp_path / "log").read_text()
+
+            with triton.serve(repository, address=goes):  # one that comes back is used again
+                wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
+    assert {answer.status_code for answer in answers} == {200}
+    expected = expected_flow(first, second)
+    for answer in answers:
+        np.testing.assert_allclose(np.array(answer.json()["flow"]), expected, atol=1e-5)

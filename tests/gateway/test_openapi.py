@@ -1,0 +1,110 @@
+"""What is written down about the gateway is what it does: OpenAPI, settings, versions."""
+
+import base64
+import json
+import tomllib
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from PIL import Image
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+import gateway as package
+from gateway import errors
+from gateway.app import create_app
+from gateway.settings import Settings, table
+from tests.support.gateway_stack import ROOT, Gateway, encoded, picture
+
+
+@pytest.fixture
+def document(monkeypatch: pytest.MonkeyPatch) -> dict:
+    for name in ("PORT", "HOST", "TRITON_ENDPOINTS", "OTEL_EXPORTER_OTLP_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    return json.loads(json.dumps(create_app(Settings()).openapi()))
+
+
+def test_openapi_json_is_current(document: dict) -> None:
+    committed = json.loads((ROOT / "openapi.json").read_text())
+    assert committed == document, "run `python -m gateway.openapi > openapi.json`"
+
+
+def test_every_error_of_the_flow_is_declared(document: dict) -> None:
+    responses = document["paths"]["/estimate_flow/"]["post"]["responses"]
+    declared = {
+        slug
+        for response in responses.values()
+        for slug in response["content"].get(errors.MEDIA_TYPE, {}).get("examples", {})
+    }
+    elsewhere = {"unauthorized", "bad-request", "not-found", "stopping", "client-gone"}
+    assert declared == {kind.slug for kind in errors.KINDS.values()} - elsewhere
+
+
+def test_every_cause_has_its_kind() -> None:
+    causes = {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type)
+        and issubclass(value, errors.GatewayError)
+        and value is not errors.GatewayError
+    }
+    assert causes == errors.KINDS.keys()
+    slugs = [kind.slug for kind in errors.KINDS.values()]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_readme_has_the_settings() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not written yet")
+    assert table() in readme.read_text(), "paste the output of `python -m gateway.settings`"
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert package.__version__ == project["version"]
+
+
+# Half of the strings that stand for images are images.
+IMAGES = [encoded(picture(seed), form) for seed, form in ((1, "PNG"), (2, "JPEG"), (3, "WEBP"))]
+schemathesis.openapi.format(
+    "byte",
+    st.sampled_from([base64.b64encode(image).decode() for image in IMAGES]) | st.text(max_size=50),
+)
+schemathesis.openapi.format("binary", st.sampled_from(IMAGES) | st.binary(max_size=50))
+
+
+OPERATIONS = [
+    (method, path)
+    for path, item in json.loads((ROOT / "openapi.json").read_text())["paths"].items()
+    for method in item
+]
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_schemathesis(
+    gateway: Gateway, method: str, path: str, mode: schemathesis.GenerationMode
+) -> None:
+    """Requests made from the document, right and wrong ones: no crash, and nothing undeclared.
+
+    Not every string is an image, so a request that fits the schema may be refused.
+    """
+    operation = schemathesis.openapi.from_url(f"{gateway.url}/openapi.json")[path][method]
+
+    @settings(
+        max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        answer = case.call(timeout=60)
+        assert answer.status_code < 500, answer.text
+        case.validate_response(answer, excluded_checks=[positive_data_acceptance])
+
+    try:
+        check()
+    except Unsatisfiable:
+        pytest.skip("an operation without parameters has no wrong requests")

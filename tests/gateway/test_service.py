@@ -1,0 +1,675 @@
+"""The running gateway in front of a real Triton: answers, errors, limits, probes, and its end."""
+
+import contextlib
+import gzip
+import http.client
+import http.server
+import io
+import json
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import zstandard
+from PIL import Image
+
+from launch import triton
+from tests.support.gateway_stack import (
+    Gateway,
+    as_json,
+    encoded,
+    expected_flow,
+    picture,
+    run_gateway,
+    wait_until,
+)
+from tests.support.hostile_images import bad_images, good_images, no_palette
+
+PATH = "/estimate_flow/"
+FIRST, SECOND = picture(1, 200, 120), picture(2, 200, 120)
+BODY = as_json(encoded(FIRST), encoded(SECOND))
+FILES = {"image1": encoded(FIRST), "image2": encoded(SECOND)}
+
+
+def check_problem(answer: httpx.Response, status: int, slug: str, field: str | None = None) -> None:
+    """The answer is a complete problem document."""
+    assert (answer.status_code, answer.headers["content-type"]) == (
+        status,
+        "application/problem+json",
+    ), answer.text
+    document = answer.json()
+    assert document["type"] == f"urn:problem-type:flownet2:{slug}"
+    assert document["status"] == status
+    assert document["title"]
+    assert document["detail"].endswith((".", "`"))
+    assert document.get("field") == field
+    assert document["request_id"] == answer.headers["x-request-id"]
+
+
+class TestAnswers:
+    def test_json_is_the_replaced_services(self, gateway: Gateway) -> None:
+        answer = gateway.client.post(PATH, json=BODY)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/json"
+        document = answer.json()
+        assert document.keys() == {"flow", "scale_x_back_factor", "scale_y_back_factor"}
+        assert (document["scale_x_back_factor"], document["scale_y_back_factor"]) == (
+            200 / 512,
+            120 / 512,
+        )
+        flow = np.array(document["flow"], np.float32)
+        assert flow.shape == (512, 512, 2)
+        np.testing.assert_allclose(flow, expected_flow(FIRST, SECOND), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "content_type",
+        [
+            None,
+            "application/x-www-form-urlencoded",
+            "text/plain; charset=utf-8",
+            "application/ld+json",
+        ],
+    )
+    def test_json_under_whatever_clients_call_it(
+        self, gateway: Gateway, content_type: str | None
+    ) -> None:
+        headers = {"Content-Type": content_type} if content_type else {}
+        answer = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
+        assert answer.status_code == 200
+
+    def test_path_without_its_slash(self, gateway: Gateway) -> None:
+        assert gateway.client.post(PATH.rstrip("/"), json=BODY).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("name", "decode"), [("gzip", gzip.decompress), ("zstd", zstandard.decompress)]
+    )
+    def test_compressed(
+        self, gateway: Gateway, name: str, decode: Callable[[bytes], bytes]
+    ) -> None:
+        with gateway.client.stream(
+            "POST", PATH, json=BODY, headers={"Accept-Encoding": name}
+        ) as answer:
+            raw = b"".join(answer.iter_raw())
+        assert answer.headers["content-encoding"] == name
+        assert "Accept-Encoding" in answer.headers["vary"]
+        plain = gateway.client.post(PATH, json=BODY, headers={"Accept-Encoding": "identity"})
+        assert "content-encoding" not in plain.headers
+        assert decode(raw) == plain.content
+
+    @pytest.mark.parametrize("size", ["512", "native"])
+    def test_binary_formats_agree(self, gateway: Gateway, size: str) -> None:
+        def post(accept: str) -> httpx.Response:
+            answer = gateway.client.post(
+                PATH, files=FILES, params={"size": size}, headers={"Accept": accept}
+            )
+            assert (answer.status_code, answer.headers["content-type"]) == (200, accept)
+            scale = [float(answer.headers[f"x-scale-{axis}-back-factor"]) for axis in "xy"]
+            assert scale == ([1, 1] if size == "native" else [200 / 512, 120 / 512])
+            return answer
+
+        flow = np.load(io.BytesIO(post("application/x-npy").content))
+        if size == "native":
+            one, two = (np.asarray(image, np.float32) for image in (FIRST, SECOND))
+            np.testing.assert_array_equal(flow, (two - one)[..., :2] / 8)
+        else:
+            np.testing.assert_allclose(flow, expected_flow(FIRST, SECOND), atol=1e-6)
+        height, width, _ = flow.shape
+        flo = post("application/x-flo").content
+        assert flo == struct.pack("<4sii", b"PIEH", width, height) + flow.tobytes()
+        for accept in ("image/png", "image/x-kitti-flow"):
+            with Image.open(io.BytesIO(post(accept).content)) as image:
+                assert (image.format, image.size) == ("PNG", (width, height))
+
+    def test_unusual_images(self, gateway: Gateway) -> None:
+        for name, file in good_images():
+            answer = gateway.client.post(
+                PATH,
+                files={"image1": file, "image2": file},
+                headers={"Accept": "application/x-npy"},
+            )
+            assert answer.status_code == 200, name
+            assert (np.load(io.BytesIO(answer.content)) == 0).all(), name
+
+    def test_models(self, gateway: Gateway) -> None:
+        models = {model["name"]: model for model in gateway.client.get("/models").json()["models"]}
+        assert models["flownet2"] == {
+            "name": "flownet2",
+            "version": "1",
+            "network": "FlowNet2",
+            "parameters": 162518850,
+            "weights_source": "closed form",
+            "weights_license": "GPL-3.0-or-later",
+            "default": True,
+        }
+        assert models.keys() == {
+            "flownet2",
+            "slow",
+            "nan",
+            "raising",
+        }  # those that keep the contract
+
+
+class TestErrors:
+    @pytest.mark.parametrize("size", ["512", "native"])
+    def test_every_broken_image(self, gateway: Gateway, size: str) -> None:
+        good = encoded(picture(1))
+        for name, file in bad_images():
+            files = {"image1": good, "image2": file}
+            answer = gateway.client.post(PATH, params={"size": size}, files=files)
+            assert answer.status_code in (413, 415, 422), name
+            assert answer.json()["field"] == "image2", name
+        assert "unhandled" not in gateway.log.read_text()
+
+    def test_colours_without_a_palette(self, gateway: Gateway) -> None:
+        files = {"image1": no_palette(), "image2": no_palette()}
+        answer = gateway.client.post(PATH, params={"size": "native"}, files=files)
+        check_problem(answer, 422, "damaged-image", "image1")
+
+    @pytest.mark.parametrize(
+        ("content", "status", "slug", "field"),
+        [
+            ("", 400, "bad-json", None),
+            ("[]", 400, "bad-json", None),
+            ("[" * 10**6, 400, "bad-json", None),
+            ('{"image1_base64": %s}' % ("9" * 5000), 400, "bad-json", None),
+            ('{"image1_base64": "\\udc00"}', 400, "bad-json", None),
+            ("{}", 422, "missing-field", "image1_base64"),
+            (json.dumps(BODY | {"extra": 1}), 422, "unexpected-field", "extra"),
+            (json.dumps(BODY | {"image2_base64": 5}), 422, "wrong-type", "image2_base64"),
+            (json.dumps(BODY | {"image2_base64": "%%%"}), 422, "bad-base64", "image2_base64"),
+            (
+                json.dumps(BODY | {"image1_base64": "aGVsbG8="}),
+                422,
+                "not-an-image",
+                "image1_base64",
+            ),
+            (
+                json.dumps(as_json(encoded(FIRST), encoded(picture(2, 120, 200)))),
+                422,
+                "sizes-differ",
+                "image2_base64",
+            ),
+        ],
+    )
+    def test_bodies(
+        self, gateway: Gateway, content: str, status: int, slug: str, field: str | None
+    ) -> None:
+        check_problem(gateway.client.post(PATH, content=content), status, slug, field)
+
+    @pytest.mark.parametrize(
+        ("headers", "status", "slug", "field"),
+        [
+            ({"Accept": "text/html"}, 406, "not-acceptable", "Accept"),
+            # Lines of one name are one list: this one gets as far as its body.
+            (
+                [("Accept", "text/html"), ("Accept", "image/png"), ("Content-Type", "text/csv")],
+                415,
+                "unsupported-media-type",
+                "Content-Type",
+            ),
+            ({"Content-Type": "image/png"}, 415, "unsupported-media-type", "Content-Type"),
+            ({"Content-Type": "multipart/form-data"}, 400, "bad-multipart", "Content-Type"),
+            ({"Content-Encoding": "gzip"}, 415, "unsupported-media-type", "Content-Encoding"),
+            ({"X-Request-Timeout": "soon"}, 422, "invalid-parameter", "X-Request-Timeout"),
+            ({"X-Request-Timeout": "-1"}, 422, "invalid-parameter", "X-Request-Timeout"),
+            ({"X-Request-Timeout": "nan"}, 422, "invalid-parameter", "X-Request-Timeout"),
+        ],
+    )
+    def test_headers(
+        self,
+        gateway: Gateway,
+        headers: dict[str, str] | list[tuple[str, str]],
+        status: int,
+        slug: str,
+        field: str,
+    ) -> None:
+        answer = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
+        check_problem(answer, status, slug, field)
+
+    def test_parameters_paths_and_methods(self, gateway: Gateway) -> None:
+        client = gateway.client
+        answer = client.post(PATH, params={"size": "1024"}, json=BODY)
+        check_problem(answer, 422, "invalid-parameter", "size")
+        answer = client.post(PATH, params={"model": "nosuch"}, json=BODY)
+        check_problem(answer, 404, "unknown-model", "model")
+        assert "flownet2, nan, raising, slow" in answer.json()["detail"]
+        check_problem(
+            client.post(PATH, params={"model": "wrong_type"}, json=BODY),
+            404,
+            "unknown-model",
+            "model",
+        )
+        check_problem(client.get("/v2/repository/index"), 404, "not-found")
+        check_problem(client.post("/v2/models/flownet2/unload"), 404, "not-found")
+        answer = client.get(PATH)
+        check_problem(answer, 405, "method-not-allowed")
+        assert answer.headers["allow"] == "POST"
+        small = encoded(picture(1, 15, 60))
+        answer = client.post(
+            PATH, params={"size": "native"}, files={"image1": small, "image2": small}
+        )
+        check_problem(answer, 422, "image-too-small", "image1")
+
+    def test_body_limit_counts_what_comes(self, gateway: Gateway) -> None:
+        def endless() -> object:
+            for _ in range(80):
+                yield b" " * 2**20
+
+        check_problem(gateway.client.post(PATH, content=endless()), 413, "body-too-large")
+        with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
+            line.sendall(
+                b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\n"
+                b"Content-Length: 99999999999999999999\r\n\r\n"
+            )
+            assert b" 413 " in line.recv(4096)
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            b"nonsense\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\n\r\n",
+            b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n"
+            b"Content-Length: 2\r\n\r\n",
+            b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZ\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 2**17,
+        ],
+    )
+    def test_what_is_no_http(self, gateway: Gateway, sent: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
+            line.sendall(sent)
+            answer = http.client.HTTPResponse(line)
+            answer.begin()
+            document = json.loads(answer.read())
+        assert (answer.status, answer.reason) == (400, "Bad Request")
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert document["type"] == "urn:problem-type:flownet2:bad-request"
+        assert document["request_id"] == answer.headers["X-Request-ID"]
+        assert answer.headers["Connection"] == "close"
+
+    def test_models_that_fail(self, gateway: Gateway) -> None:
+        answer = gateway.client.post(PATH, params={"model": "nan"}, json=BODY)
+        check_problem(answer, 502, "model-failed")
+        assert "finite" in answer.json()["detail"]
+        answer = gateway.client.post(PATH, params={"model": "raising"}, json=BODY)
+        check_problem(answer, 502, "model-failed")
+        assert "a fault made on purpose" in answer.json()["detail"]
+
+
+class TestTime:
+    def test_deadline(self, gateway: Gateway) -> None:
+        answer = gateway.client.post(
+            PATH, params={"model": "slow"}, json=BODY, headers={"X-Request-Timeout": "0.4"}
+        )
+        check_problem(answer, 504, "deadline-exceeded")
+
+    def test_queues_of_triton_told_apart(self, gateway: Gateway) -> None:
+        """The slow model works on one request for 2 s and queues two more. The second request
+        has no time to wait for the first; of five others, three at least find no place."""
+        answers: list[httpx.Response] = []
+
+        def post(timeout: str) -> threading.Thread:
+            def work() -> None:
+                url = f"{gateway.url}{PATH}?model=slow"
+                headers = {"X-Request-Timeout": timeout}
+                answers.append(httpx.post(url, json=BODY, headers=headers, timeout=60))
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            return thread
+
+        clients = [post("60")]
+        wait_until(lambda: "slots_used 1.0" in gateway.client.get("/metrics").text)
+        time.sleep(0.3)  # from the slot to Triton
+        clients += [post("0.5"), *(post("60") for _ in range(5))]
+        for client in clients:
+            client.join()
+        outcomes = [
+            answer.json()["type"].rpartition(":")[2] if answer.status_code != 200 else "ok"
+            for answer in answers
+        ]
+        assert set(outcomes) <= {"deadline-exceeded", "ok", "queue-full"}
+        assert outcomes.count("queue-full") >= 3
+        full = next(answer for answer in answers if answer.status_code == 503)
+        assert int(full.headers["retry-after"]) >= 1
+
+    def test_client_that_leaves_cancels_its_inference(
+        self, gateway: Gateway, closed_form_repository: Path
+    ) -> None:
+        journal = closed_form_repository / "journal"
+        before = journal.read_text().count("cancelled") if journal.exists() else 0
+        content = json.dumps(BODY).encode()
+        with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
+            line.sendall(
+                b"POST /estimate_flow/?model=slow HTTP/1.1\r\nHost: a\r\nX-Request-ID: leaves\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(content) + content
+            )
+            wait_until(lambda: "slots_used 1.0" in gateway.client.get("/metrics").text)
+            time.sleep(0.3)  # let it get from the slot to Triton
+        wait_until(lambda: journal.exists() and journal.read_text().count("cancelled") > before)
+        wait_until(
+            lambda: any(
+                '"leaves"' in line and '"client-gone"' in line
+                for line in gateway.log.read_text().splitlines()
+            )
+        )
+
+    def test_body_that_never_comes(self, gateway: Gateway) -> None:
+        with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
+            line.sendall(
+                b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nX-Request-Timeout: 0.3\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
+            )
+            line.settimeout(30)
+            assert b" 408 " in line.recv(4096)
+
+
+class TestObservability:
+    def test_request_ids(self, gateway: Gateway) -> None:
+        answer = gateway.client.get("/livez", headers={"X-Request-ID": "mine-1.2"})
+        assert answer.headers["x-request-id"] == "mine-1.2"
+        for insane in ("a b", "x" * 200, "é".encode(), "<script>"):
+            answer = gateway.client.get("/livez", headers={"X-Request-ID": insane})
+            assert len(answer.headers["x-request-id"]) == 32
+
+    def test_log_lines_are_json_with_the_id(self, gateway: Gateway) -> None:
+        gateway.client.post(PATH, json=BODY, headers={"X-Request-ID": "logged"})
+        lines = [json.loads(line) for line in gateway.log.read_text().splitlines()]
+        line = next(line for line in lines if line.get("request_id") == "logged")
+        assert (line["method"], line["path"], line["status"], line["outcome"]) == (
+            "POST",
+            PATH,
+            200,
+            "ok",
+        )
+        assert line["stages"].keys() == {"read", "decode", "queue", "resize", "infer", "encode"}
+
+    def test_server_timing(self, gateway: Gateway) -> None:
+        header = gateway.client.post(PATH, json=BODY).headers["server-timing"]
+        times = {
+            name: float(duration)
+            for name, duration in (part.split(";dur=") for part in header.split(", "))
+        }
+        assert times.keys() == {"read", "decode", "queue", "resize", "infer", "encode", "total"}
+        assert sum(times.values()) - times["total"] <= times["total"]
+
+    def test_metrics(self, gateway: Gateway) -> None:
+        def value(name: str) -> float:
+            text = gateway.client.get("/metrics").text
+            return float(
+                next(
+                    (line for line in text.splitlines() if line.startswith(name + " ")), "x 0"
+                ).split()[-1]
+            )
+
+        ok = 'flownet2_requests_total{outcome="ok",path="/estimate_flow/"}'
+        bad = 'flownet2_requests_total{outcome="bad-json",path="/estimate_flow/"}'
+        infer = 'flownet2_stage_seconds_count{stage="infer"}'
+        before = value(ok), value(bad), value(infer)
+        gateway.client.post(PATH, json=BODY)
+        gateway.client.post(PATH, content="?")
+        wait_until(lambda: (value(ok), value(bad)) == (before[0] + 1, before[1] + 1))
+        assert value(infer) == before[2] + 1
+        assert value("flownet2_admitted") == 0
+        assert value("flownet2_endpoints_serving") == 1
+
+    def test_health(self, gateway: Gateway) -> None:
+        assert gateway.get("/livez") == gateway.get("/readyz") == 200
+        health = gateway.client.get("/healthz").json()
+        assert health["status"] == "ok"
+        assert health["model"]["version"] == "1"
+        (server,) = health["triton"]
+        assert server["version"] == "2.51.0"
+        assert "wrong_type: output flow is FP16" in server["trouble"]
+        assert (
+            "wrong_name: input frame2 is UINT8" in server["trouble"]
+            or "image2 is absent" in server["trouble"]
+        )
+
+    def test_pages_have_security_headers(self, gateway: Gateway) -> None:
+        for path in ("/docs", "/models", "/nowhere"):
+            headers = gateway.client.get(path).headers
+            assert headers["x-content-type-options"] == "nosniff"
+            assert "frame-ancestors 'none'" in headers["content-security-policy"]
+            assert "access-control-allow-origin" not in headers
+            assert "server" not in headers
+
+
+class TestOtherSettings:
+    def test_keys_and_cors(self, closed_form_triton: triton.Triton, tmp_path: Path) -> None:
+        keys = tmp_path / "keys"
+        keys.write_text("# for the tests\nfirst-key\nsecond-key\n")
+        with run_gateway(
+            closed_form_triton.address.grpc,
+            tmp_path / "log",
+            GATEWAY_API_KEYS_FILE=str(keys),
+            GATEWAY_CORS_ORIGINS="https://a.example, https://b.example",
+        ) as gateway:
+            client = gateway.client
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            for path in ("/models", "/metrics", "/docs", "/openapi.json", "/nowhere", PATH):
+                answer = client.get(path)
+                check_problem(answer, 401, "unauthorized")
+                assert answer.headers["www-authenticate"] == "Bearer"
+            for headers in (
+                {"Authorization": "Bearer first-key"},
+                {"authorization": "bearer second-key"},
+                {"X-API-Key": "second-key"},
+            ):
+                assert client.get("/models", headers=headers).status_code == 200
+            for headers in (
+                {"Authorization": "Bearer first-ke"},
+                {"Authorization": "Basic first-key"},
+                {"X-API-Key": ""},
+                {"X-API-Key": "# for the tests"},
+            ):
+                check_problem(client.get("/models", headers=headers), 401, "unauthorized")
+            preflight = client.options(
+                PATH,
+                headers={"Origin": "https://b.example", "Access-Control-Request-Method": "POST"},
+            )
+            assert preflight.headers["access-control-allow-origin"] == "https://b.example"
+        assert "first-key" not in (tmp_path / "log").read_text()
+
+    def test_overload(self, closed_form_triton: triton.Triton, tmp_path: Path) -> None:
+        with run_gateway(
+            closed_form_triton.address.grpc,
+            tmp_path / "log",
+            GATEWAY_MAX_IN_FLIGHT="1",
+            GATEWAY_MAX_WAITING="1",
+            GATEWAY_RETRY_AFTER_S="7",
+        ) as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            port = int(gateway.url.rpartition(":")[2])
+            head = b"POST /estimate_flow/ HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
+            with (
+                socket.create_connection(("127.0.0.1", port)) as first,
+                socket.create_connection(("127.0.0.1", port)) as second,
+            ):
+                first.sendall(head)
+                second.sendall(head)
+                wait_until(lambda: "flownet2_admitted 2.0" in gateway.client.get("/metrics").text)
+                answer = gateway.client.post(PATH, json=BODY)
+                check_problem(answer, 503, "overloaded")
+                assert answer.headers["retry-after"] == "7"
+            wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
+            assert gateway.client.post(PATH, json=BODY).status_code == 200
+
+    def test_slow_readers_are_counted(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """An answer of 20 MB that nobody reads keeps its place until the client goes away."""
+        large = encoded(Image.new("RGB", (1024, 1024)))
+        content = json.dumps(as_json(large, large)).encode()
+        with run_gateway(closed_form_triton.address.grpc, tmp_path / "log") as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            with socket.socket() as line:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                line.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+                line.sendall(
+                    b"POST /estimate_flow/?size=native HTTP/1.1\r\nHost: a\r\n"
+                    b"Content-Length: %d\r\n\r\n" % len(content) + content
+                )
+                assert line.recv(100).startswith(b"HTTP/1.1 200")
+                assert "flownet2_admitted 1.0" in gateway.client.get("/metrics").text
+            wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
+
+    def test_traces_join_the_clients(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """A collector gets the request's span, child of the one that the client names."""
+        pytest.importorskip("opentelemetry.sdk")
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (  # noqa: PLC0415
+            ExportTraceServiceRequest,
+        )
+
+        received: list[ExportTraceServiceRequest] = []
+
+        class Collector(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers["Content-Encoding"] == "gzip":
+                    data = gzip.decompress(data)
+                received.append(ExportTraceServiceRequest.FromString(data))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+            threading.Thread(target=collector.serve_forever).start()
+            with run_gateway(
+                closed_form_triton.address.grpc,
+                tmp_path / "log",
+                OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}",
+            ) as gateway:
+                wait_until(lambda: gateway.get("/readyz") == 200)
+                trace, parent = "ab" * 16, "cd" * 8
+                headers = {"traceparent": f"00-{trace}-{parent}-01"}
+                assert gateway.client.post(PATH, json=BODY, headers=headers).status_code == 200
+            collector.shutdown()
+        spans = [
+            span
+            for request in received
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+        span = next(span for span in spans if span.name == "POST /estimate_flow/")
+        assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
+        attributes = {one.key for one in span.attributes}
+        assert {"flownet2.outcome", "flownet2.stage.infer_ms"} <= attributes
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [
+            ("GATEWAY_MAX_IN_FLIGHT", "0"),
+            ("GATEWAY_MAX_BUFFERED_BYTES", "5"),
+            ("GATEWAY_API_KEYS_FILE", "/nonexistent"),
+            ("TRITON_ENDPOINTS", "triton"),
+            ("GATEWAY_IMAGE_FORMATS", "PNG,NOSUCH"),
+        ],
+    )
+    def test_bad_settings_are_named(self, tmp_path: Path, variable: str, value: str) -> None:
+        gateway = Gateway(**{"endpoints": "127.0.0.1:1", "log": tmp_path / "log", variable: value})
+        gateway.client.close()
+        assert gateway.process.wait(60) == 2
+        assert variable.removeprefix("GATEWAY_").lower() in (tmp_path / "log").read_text().lower()
+
+
+class TestMemory:
+    def test_many_large_bodies_within_1_gib(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """200 clients post 20 MB each to a process that may have 1 GiB of address space."""
+        noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
+        image = encoded(Image.fromarray(noise), compress_level=0)
+        content = json.dumps(as_json(image, image)).encode()
+        assert len(content) > 20e6
+        outcomes: list[str] = []
+        with run_gateway(closed_form_triton.address.grpc, tmp_path / "log") as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            resource.prlimit(gateway.process.pid, resource.RLIMIT_AS, (2**30, 2**30))
+
+            def post() -> None:
+                line = http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=300)
+                headers = {"Accept": "application/x-npy", "X-Request-Timeout": "120"}
+                with contextlib.closing(line):
+                    line.request("POST", PATH, content, headers)
+                    answer = line.getresponse()
+                    data = answer.read()
+                ok = answer.status == 200 and len(data) > 2**21
+                outcomes.append("ok" if ok else json.loads(data)["type"].rpartition(":")[2])
+
+            clients = [threading.Thread(target=post) for _ in range(200)]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+            assert len(outcomes) == 200
+            assert set(outcomes) == {"ok", "overloaded"}
+            assert gateway.client.post(PATH, json=BODY).status_code == 200
+
+
+class TestLife:
+    def test_without_triton(self, tmp_path: Path) -> None:
+        with run_gateway("127.0.0.1:1", tmp_path / "log") as gateway:
+            for answer in (gateway.client.post(PATH, json=BODY), gateway.client.get("/readyz")):
+                check_problem(answer, 503, "inference-unavailable")
+                assert answer.headers["retry-after"] == "1"
+            assert gateway.get("/livez") == 200
+            rejected = 'flownet2_rejected_total{reason="inference-unavailable"}'
+            assert f"{rejected} 1.0\n" in gateway.client.get("/metrics").text  # no probe counts
+            for path in ("/livez", "/readyz", "/healthz", "/metrics"):
+                head = gateway.client.head(path)
+                assert (head.status_code, head.content) == (gateway.get(path), b"")
+            assert gateway.client.get("/healthz").json()["status"] == "unavailable"
+            assert gateway.client.get("/models").json() == {"models": []}
+
+    def test_the_end_waits_for_no_thread_that_nobody_waits_for(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        """Decoding that never ends: its request gets a 504, and the process can still exit."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import time\nfrom PIL import ImageFile\n"
+            "ImageFile.ImageFile.load = lambda self: time.sleep(3600)\n"
+        )
+        with run_gateway(
+            closed_form_triton.address.grpc, tmp_path / "log", PYTHONPATH=str(tmp_path)
+        ) as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            answer = gateway.client.post(PATH, json=BODY, headers={"X-Request-Timeout": "2"})
+            check_problem(answer, 504, "deadline-exceeded")
+            assert "flownet2_slots_used 1.0" in gateway.client.get("/metrics").text
+            gateway.process.send_signal(signal.SIGTERM)
+            assert gateway.process.wait(30) == 0
+
+    def test_sigterm_finishes_what_is_in_flight(
+        self, closed_form_triton: triton.Triton, tmp_path: Path
+    ) -> None:
+        with run_gateway(
+            closed_form_triton.address.grpc, tmp_path / "log", GATEWAY_SHUTDOWN_DELAY_S="0.7"
+        ) as gateway:
+            wait_until(lambda: gateway.get("/readyz") == 200)
+            answers: list[int] = []
+
+            def post() -> None:
+                url = f"{gateway.url}{PATH}?model=slow"
+                answers.append(httpx.post(url, json=BODY, timeout=60).status_code)
+
+            client = threading.Thread(target=post)
+            client.start()
+            wait_until(lambda: "slots_used 1.0" in gateway.client.get("/metrics").text)
+            gateway.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: gateway.get("/readyz") == 503)
+            client.join()
+            assert answers == [200]
+            assert gateway.process.wait(30) == 0

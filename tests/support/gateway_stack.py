@@ -1,0 +1,170 @@
+"""Runs what the gateway's tests need: a model repository in closed form, a gateway, image files."""
+
+import base64
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+MODEL = Path(__file__).parent / "triton_models" / "model.py"
+
+CONFIG = """name: "{name}"
+backend: "python"
+max_batch_size: 8
+input [ {inputs} ]
+output [ {{ name: "flow" data_type: {flow_type} dims: [ -1, -1, 2 ] }} ]
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]
+dynamic_batching {{
+  default_queue_policy {{
+    timeout_action: REJECT
+    default_timeout_microseconds: 30000000
+    allow_timeout_override: true
+    max_queue_size: {queue}
+  }}
+}}
+"""
+
+
+def write_model(
+    repository: Path,
+    name: str = "flownet2",
+    *,
+    queue: int = 64,
+    flow_type: str = "TYPE_FP32",
+    second: str = "image2",
+    **parameters: object,
+) -> None:
+    """Write a model of tests/triton_models into a repository."""
+    version = repository / name / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").symlink_to(MODEL)
+    inputs = ", ".join(
+        f'{{ name: "{one}" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }}'
+        for one in ("image1", second)
+    )
+    config = CONFIG.format(name=name, inputs=inputs, flow_type=flow_type, queue=queue)
+    config += "".join(
+        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+        for key, value in parameters.items()
+    )
+    (version.parent / "config.pbtxt").write_text(config)
+
+
+def write_repository(folder: Path) -> Path:
+    """A repository with the default model, slow and broken ones, and some off the contract."""
+    write_model(
+        folder,
+        network="FlowNet2",
+        parameters=162518850,
+        weights_source="closed form",
+        weights_license="GPL-3.0-or-later",
+    )
+    write_model(folder, "slow", queue=2, delay_s=2, journal=folder / "journal")
+    write_model(folder, "nan", fault="nan")
+    write_model(folder, "raising", fault="raise")
+    write_model(folder, "wrong_type", flow_type="TYPE_FP16")
+    write_model(folder, "wrong_name", second="frame2")
+    return folder
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Gateway:
+    """`python -m gateway` as a child process, and a client of it."""
+
+    def __init__(self, endpoints: str, log: Path, **environment: str) -> None:
+        self.url = f"http://127.0.0.1:{environment.setdefault('PORT', str(free_port()))}"
+        self.log = log
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("GATEWAY_", "TRITON_", "OTEL_")) and key not in ("HOST", "PORT")
+        }
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gateway"],
+                cwd=ROOT,
+                env={**clean, "TRITON_ENDPOINTS": endpoints, **environment},
+                stderr=output,
+            )
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def get(self, path: str) -> int:
+        """Status of a GET; 0 where nothing listens."""
+        try:
+            return self.client.get(path).status_code
+        except httpx.TransportError:
+            return 0
+
+    def stop(self) -> int:
+        """End it in the quick way; its exit status."""
+        self.client.close()
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def run_gateway(endpoints: str, log: Path, **environment: str) -> Iterator[Gateway]:
+    """A gateway that answers /livez, and /readyz if it has endpoints that serve."""
+    gateway = Gateway(endpoints, log, **environment)
+    try:
+        wait_until(lambda: gateway.get("/livez") == 200)
+        yield gateway
+    finally:
+        gateway.stop()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds; the limit only ends a test that has failed."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition never held"
+        time.sleep(0.05)
+
+
+def picture(seed: int, width: int = 64, height: int = 48, mode: str = "RGB") -> Image.Image:
+    """A smooth random image."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def as_json(file1: bytes, file2: bytes) -> dict[str, str]:
+    """The JSON request for two image files."""
+    return {
+        "image1_base64": base64.b64encode(file1).decode(),
+        "image2_base64": base64.b64encode(file2).decode(),
+    }
+
+
+def expected_flow(image1: Image.Image, image2: Image.Image) -> np.ndarray:
+    """What the service should answer: the model's closed form on images prepared with Pillow."""
+    one, two = (
+        np.asarray(image.resize((512, 512), Image.Resampling.LANCZOS).convert("RGB"), np.float32)
+        for image in (image1, image2)
+    )
+    scale = np.array([image1.width / 512, image1.height / 512], np.float32)
+    return (two - one)[..., :2] / 8 * scale

@@ -1,0 +1,175 @@
+"""Image files made to break readers: each is a name and bytes."""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from tests.support.gateway_stack import encoded, picture
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG chunk."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(
+    width: int, height: int, data: bytes, *extra: bytes, depth: int = 8, colour: int = 0
+) -> bytes:
+    """A PNG from its parts, right or wrong."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def png_chunk_ends(data: bytes) -> list[int]:
+    """Where each chunk of a PNG ends."""
+    ends, place = [], 8
+    while place < len(data):
+        place += 12 + struct.unpack_from(">I", data, place)[0]
+        ends.append(place)
+    return ends
+
+
+def bomb_text(kind: bytes) -> bytes:
+    """A text chunk of a few KB that unpacks to 64 MB."""
+    packed = zlib.compress(b"a" * 2**26, 9)
+    head = b"Comment\0\0" if kind == b"zTXt" else b"Comment\0\1\0\0\0"
+    return chunk(kind, head + packed)
+
+
+def truncations() -> Iterator[tuple[str, bytes]]:
+    """Files cut off: a PNG at and inside every chunk, others along their length."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 100)
+    whole = encoded(picture(1), pnginfo=info)
+    pixels_end = png_chunk_ends(whole)[-2]
+    for end in png_chunk_ends(whole)[:-1]:
+        for place in (end - 20, end):
+            if place < pixels_end:  # beyond, nothing that matters is missing
+                yield f"png-cut-{place}", whole[:place]
+    for form in ("JPEG", "WEBP"):
+        data = encoded(picture(1), form)
+        for part in (0.1, 0.5, 0.9):
+            yield f"{form.lower()}-cut-{part}", data[: int(len(data) * part)]
+
+
+def bad_images() -> Iterator[tuple[str, bytes]]:
+    """Files that must be refused."""
+    whole = encoded(picture(1))
+    yield from truncations()
+    yield "empty-png", whole[:8]
+    yield "text", b"hello, world"
+    yield "zeros", bytes(1000)
+    yield "wrong-crc", whole[:29] + bytes(4) + whole[33:]
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    yield "flipped-byte", bytes(damaged)
+    pixels = zlib.compress(bytes(17 * 16))
+    yield "no-pixels", png(16, 16, b"")
+    yield "pixels-not-deflate", png(16, 16, b"\xff" * 100)
+    yield "zero-wide", png(0, 16, pixels)
+    yield "absurd-size", png(2**31 - 1, 2**31 - 1, pixels)
+    yield "bomb-by-size", png(50_000, 50_000, zlib.compress(bytes(1000)))
+    # Wide and thin: few pixels, and a side that takes minutes to resize.
+    yield "10000000-wide", png(10_000_000, 1, zlib.compress(bytes(10_000_001)))
+    yield "65501-high", png(1, 65_501, zlib.compress(bytes(2 * 65_501)))
+    yield "jpeg-many-scans", many_scans(encoded(picture(1), "JPEG", progressive=True), 200)
+    yield "bad-filter", png(16, 16, zlib.compress(b"\x09" * 17 * 16))
+    yield "bad-depth", png(16, 16, pixels, depth=7)
+    yield "ztxt-bomb", png(16, 16, pixels, bomb_text(b"zTXt"))
+    yield "itxt-bomb", png(16, 16, pixels, bomb_text(b"iTXt"))
+    yield (
+        "iccp-bomb",
+        png(16, 16, pixels, chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2**26), 9))),
+    )
+    yield (
+        "many-texts",
+        png(16, 16, pixels, *[chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(900_000)))] * 40),
+    )
+    frames = [picture(seed) for seed in range(3)]
+    for form in ("WEBP", "PNG"):
+        yield (
+            f"animated-{form.lower()}",
+            encoded(frames[0], form, save_all=True, append_images=frames[1:]),
+        )
+    yield "gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    for form in ("GIF", "BMP", "TIFF", "PPM", "ICO", "PDF"):
+        yield form.lower(), encoded(frames[0], form)
+    # Polyglots: a PDF and a script that hold a picture, a PNG's name on a JPEG's bytes.
+    yield "pdf-then-png", encoded(frames[0], "PDF") + whole
+    yield "script-then-png", b"<script>alert(1)</script>" + whole
+    yield "png-head-jpeg-body", whole[:8] + encoded(frames[0], "JPEG")
+    webp = encoded(picture(1, 64, 64), "WEBP", lossless=True)
+    # A canvas of 16383 x 16383 announced in front of a small picture.
+    canvas = b"\x00\x00\x00\x00" + (16382).to_bytes(3, "little") * 2
+    body = b"VP8X" + struct.pack("<I", 10) + canvas + webp[12:]
+    yield "webp-canvas-bomb", b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 60
+    jpeg = encoded(frames[0], "JPEG")
+    yield "jpeg-cut-in-exif", jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif[:30]
+
+
+def no_palette() -> bytes:
+    """A PNG of colours that a palette should name, without one."""
+    coloured = zlib.compress((b"\0" + bytes(64)) * 64)
+    return png(64, 64, coloured, chunk(b"tRNS", b"\0"), colour=3)
+
+
+def many_scans(jpeg: bytes, count: int) -> bytes:
+    """A progressive JPEG with its last scan repeated."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * count + jpeg[-2:]
+
+
+def good_images() -> Iterator[tuple[str, bytes]]:
+    """Unusual files that must be read."""
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        yield f"png-{mode}", encoded(picture(1, mode=mode))
+    grey = picture(1, mode="L")
+    yield "png-2-bit", encoded(grey.quantize(4), bits=2)
+    yield "png-4-bit", encoded(grey.quantize(16), bits=4)
+    yield "png-16-bit", encoded(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257))
+    yield "jpeg-cmyk", encoded(picture(1, mode="CMYK"), "JPEG")
+    yield "jpeg-grey", encoded(grey, "JPEG")
+    yield "jpeg-progressive", encoded(picture(1), "JPEG", progressive=True)
+    yield "webp-lossless", encoded(picture(1, mode="RGBA"), "WEBP", lossless=True)
+    yield "1x1", encoded(picture(1, 1, 1))
+    yield "30000x2", encoded(picture(1, 30_000, 2))
+    yield "2x30000", encoded(picture(1, 2, 30_000))
+    yield "65500x1", encoded(picture(1, 65_500, 1), "JPEG")
+    palette = picture(1).quantize(8)
+    yield "palette-transparent", encoded(palette, transparency=3)
+    yield "png-then-html", encoded(picture(1)) + b"<html><script>alert(1)</script>"
+    yield "interlaced", interlaced(np.asarray(grey))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: ignored
+    yield "jpeg-turned", encoded(picture(1), "JPEG", exif=exif)
+
+
+def interlaced(grey: np.ndarray) -> bytes:
+    """An interlaced (Adam7) 8-bit grey PNG, which Pillow reads but does not write."""
+    passes = (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    )
+    rows = io.BytesIO()
+    for y, x, step_y, step_x in passes:
+        for row in grey[y::step_y, x::step_x]:
+            rows.write(b"\0" + row.tobytes())
+    height, width = grey.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
+    data = (
+        chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows.getvalue()))
+        + chunk(b"IEND", b"")
+    )
+    return b"\x89PNG\r\n\x1a\n" + data
