@@ -17,10 +17,10 @@ import torch
 from tritonclient import grpc
 
 from benchmarks.report import milliseconds, table
+from export.cpu.model import Engine, available_cores, has_bfloat16
 from export.networks import NETWORKS, FlowNet2
 from export.onnx_export import export_onnx
 from export.repository import write_model
-from export.triton_model import Engine, available_cores, has_bfloat16
 from launch import triton
 
 NETWORK = "FlowNet2"

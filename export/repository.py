@@ -52,8 +52,9 @@ def write_model(
         (folder / sub).mkdir(parents=True, exist_ok=True)
     with replacing(folder / "1" / "model.onnx") as new:
         onnx.save(model, new)
-    with replacing(folder / "1" / "model.py") as new:
-        shutil.copyfile(Path(__file__).with_name("triton_model.py"), new)
+    for module in (Path(__file__).parent / "cpu").glob("[!_]*.py"):
+        with replacing(folder / "1" / module.name) as new:
+            shutil.copyfile(module, new)
     write_configurations(folder, description)
     return folder
 

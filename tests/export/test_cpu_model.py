@@ -17,10 +17,11 @@ import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
 
+from export.cpu.bfloat16 import cast_to_bfloat16
+from export.cpu.model import Engine, available_cores, has_bfloat16
 from export.networks import NETWORKS, FlowNet2
 from export.onnx_export import export_onnx
 from export.repository import write_model
-from export.triton_model import Engine, available_cores, has_bfloat16, narrow
 from launch import triton
 
 # C, a warp, S: every kind of part that the big networks repeat.
@@ -128,7 +129,7 @@ def test_only_wide_convolutions_are_narrowed(onnx_file: Path) -> None:
     """Nothing that carries flow, coordinates or the cost volume may lose its mantissa."""
     inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
     model = openvino.Core().read_model(inlined.SerializeToString())
-    narrow(model)
+    cast_to_bfloat16(model)
     bfloat16 = [
         node
         for node in model.get_ordered_ops()
@@ -162,7 +163,7 @@ def test_weights_are_rounded_to_the_nearest(onnx_file: Path) -> None:
         for tensor in inlined.graph.initializer
     }
     model = openvino.Core().read_model(inlined.SerializeToString())
-    narrow(model)
+    cast_to_bfloat16(model)
     constants = [
         node.data
         for node in model.get_ordered_ops()

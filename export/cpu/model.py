@@ -1,11 +1,12 @@
 """Triton Python-backend model: runs the ``model.onnx`` beside it on the CPU.
 
-The exporter copies this file to ``<model>/1/model.py``, so it stands alone.
+The exporter copies the modules of this folder to ``<model>/1/``, so they import nothing else of the
+project.
 
 Engine, chosen in :class:`Engine` and nowhere else: OpenVINO, which ran the networks faster than
 ONNX Runtime did on every CPU that was measured (``make bench`` repeats it). Where the CPU
 multiplies bfloat16 in hardware, the wide convolutions run in bfloat16, which halves the time. All
-that carries flow stays float32, see :func:`narrow`. Elsewhere everything is float32.
+that carries flow stays float32, see :func:`cast_to_bfloat16`. Elsewhere everything is float32.
 """
 
 import contextlib
@@ -20,14 +21,13 @@ from typing import Any
 # NVIDIA's container honours PYTHONPATH, the stub of the PyPI wheel runs isolated and does not.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
-import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 import onnx  # noqa: E402
 import onnx.inliner  # noqa: E402
 import openvino  # noqa: E402
-from openvino import opset13 as ops  # noqa: E402
-from openvino.passes import ConstantFolding, Manager  # noqa: E402
+
+from .bfloat16 import cast_to_bfloat16  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
     import triton_python_backend_utils as pb_utils
@@ -37,13 +37,6 @@ Flow = npt.NDArray[np.float32]
 
 MINIMUM_SIZE = 16
 USUAL_SHAPE = (1, 512, 512, 3)  # what the gateway's default path asks for
-FLOW_CHANNELS = 2
-# At most, what a layer reads that stays float32: images, the warped one, flow and errors (12), and
-# what the thin networks make of them (24).
-FEW_CHANNELS = 24
-BF16 = openvino.Type.bf16
-# What the correlation is made of, and joins it with the features beside it.
-FOLLOWERS = {"Concat", "MatMul", "Multiply", "Pad", "PRelu", "Reshape", "Slice", "Transpose"}
 
 
 class Engine:
@@ -67,7 +60,7 @@ class Engine:
         model = core.read_model(inlined.SerializeToString())
         del inlined
         if self.precision == "bf16":
-            narrow(model)
+            cast_to_bfloat16(model)
         self._any_shape = _compile(core, model)
         # A graph for one shape is planned ahead, which saves about a tenth on the usual one.
         model.reshape({name: list(USUAL_SHAPE) for name in ("image1", "image2")})
@@ -109,7 +102,7 @@ def _compile(core: openvino.Core, model: openvino.Model) -> openvino.InferReques
         model,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "f32",  # as the graph says; narrow() has said bf16 in it
+            "INFERENCE_PRECISION_HINT": "f32",  # as the graph says, where it may be bfloat16
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(available_cores()),
@@ -117,30 +110,6 @@ def _compile(core: openvino.Core, model: openvino.Model) -> openvino.InferReques
             "ENABLE_CPU_PINNING": "NO",  # other processes share the machine
         },
     ).create_infer_request()
-
-
-def narrow(model: openvino.Model) -> None:
-    """Let the wide convolutions of a model run in bfloat16, in place.
-
-    OpenVINO's own bfloat16 mode converts everything: flow of hundreds of pixels, the coordinates
-    that the warp computes from it, then have 8 bits. Here a convolution with its bias and its
-    LeakyReLU becomes bfloat16, sums inside it being float32 as ever, unless it predicts or
-    upsamples a flow (two channels out) or reads few channels: the images and what is near them.
-    These few layers would cost more than half of the accuracy lost, and in the thin networks the
-    flow itself passes through them. What only moves or compares features that are
-    bfloat16 already, up to the cost volume, stays bfloat16; images, flow and warp stay float32.
-    """
-    folding = Manager()
-    folding.register_pass(ConstantFolding())  # leaves plain constants for biases and weights
-    folding.run_passes(model)
-    for node in model.get_ordered_ops():
-        if node.get_type_name() in {"Convolution", "ConvolutionBackpropData"}:
-            reads, gives = node.get_input_partial_shape(0)[1], node.get_output_partial_shape(0)[1]
-            if gives != FLOW_CHANNELS and reads.get_length() > FEW_CHANNELS:
-                _narrow_nodes(_layer(node))
-        elif node.get_type_name() in FOLLOWERS and _reads_bfloat16(node):
-            _narrow_nodes([node])
-    model.validate_nodes_and_infer_types()
 
 
 def remove_idle_resizes(model: openvino.Model) -> None:
@@ -151,66 +120,6 @@ def remove_idle_resizes(model: openvino.Model) -> None:
             if before.is_static and before == after:
                 for reader in node.output(0).get_target_inputs():
                     reader.replace_source_output(node.input_value(0))
-
-
-def _narrow_nodes(chain: list[openvino.Node]) -> None:
-    """Make nodes that feed only each other bfloat16; whoever reads the last gets it widened."""
-    original = chain[-1].get_output_element_type(0).to_string()
-    outputs = [(output, output.get_target_inputs()) for output in chain[-1].outputs()]
-    for node in chain:
-        # The slope of a LeakyReLU may stay float32, and 0.1 is not a number of bfloat16.
-        arguments = node.inputs()[:1] if node.get_type_name() == "PRelu" else node.inputs()
-        for argument in arguments:
-            if argument.get_element_type().is_real():
-                argument.replace_source_output(_as_bfloat16(argument.get_source_output()))
-        node.validate_and_infer_types()
-    for output, readers in outputs:
-        widened = ops.convert(output, original).output(0)
-        for reader in readers:
-            reader.replace_source_output(widened)
-
-
-def _reads_bfloat16(node: openvino.Node) -> bool:
-    """True when all the numbers that a node reads, constants apart, are widened bfloat16."""
-    sources = [
-        argument.get_source_output()
-        for argument in node.inputs()
-        if argument.get_element_type().is_real()
-    ]
-    data = [one for one in sources if one.get_node().get_type_name() != "Constant"]
-    return bool(data) and all(map(_is_widened, data))
-
-
-def _is_widened(value: "openvino.Output[Any]") -> bool:
-    node = value.get_node()
-    return bool(
-        node.get_type_name() == "Convert" and node.input_value(0).get_element_type() == BF16
-    )
-
-
-def _layer(convolution: openvino.Node) -> list[openvino.Node]:
-    """A convolution with the bias and LeakyReLU that only they read."""
-    layer = [convolution]
-    while True:
-        readers = list(layer[-1].output(0).get_target_inputs())
-        if len(readers) != 1 or readers[0].get_node().get_type_name() not in {"Add", "PRelu"}:
-            return layer
-        layer.append(readers[0].get_node())
-
-
-def _as_bfloat16(value: "openvino.Output[Any]") -> "openvino.Output[Any]":
-    """The same value in bfloat16, through as few conversions as there can be."""
-    if value.get_element_type() == BF16:
-        return value
-    if value.get_node().get_type_name() == "Constant":
-        return ops.constant(_rounded(value.get_node().data), BF16).output(0)
-    if _is_widened(value):
-        return value.get_node().input_value(0)
-    for reader in value.get_target_inputs():
-        other = reader.get_node()
-        if other.get_type_name() == "Convert" and other.get_output_element_type(0) == BF16:
-            return other.output(0)
-    return ops.convert(value, "bf16").output(0)
 
 
 class Lent:
@@ -236,15 +145,6 @@ class Lent:
     def __del__(self) -> None:
         if self._capsule is not None:
             ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(self._capsule), b"used_dltensor")
-
-
-def _rounded(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The nearest numbers that bfloat16 has, of two as near the even one.
-
-    OpenVINO rounds constants toward zero half of the time, which shrinks all weights a little and
-    moved flows ten times as much.
-    """
-    return numbers.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 class TritonPythonModel:
