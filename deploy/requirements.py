@@ -10,12 +10,9 @@ from pathlib import Path
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """Those of the project itself and of `extras`; KeyError for an extra that does not exist."""
+    """Those of `extras`, without the client's own; KeyError for an extra that does not exist."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-    found = list(project["dependencies"])
-    for extra in extras:
-        found += project["optional-dependencies"][extra]
-    return found
+    return [one for extra in extras for one in project["optional-dependencies"][extra]]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from gateway.encoding import Flow, colours
+from flownet2.formats import Flow, colours
+from flownet2.measures import end_point_error
 from training.pairs import Pair, read_pairs
 
 Image8 = npt.NDArray[np.uint8]
@@ -44,7 +45,7 @@ class Score:
 
 def score(flow: Flow, pair: Pair, milliseconds: float = 0.0) -> Score:
     """Compare a flow [H, W, 2] with the true one over the valid pixels."""
-    error = np.hypot(*np.moveaxis(flow.astype(np.float64) - pair.flow, 2, 0))[pair.valid]
+    error = end_point_error(flow, pair.flow)[pair.valid]
     return Score(float(error.mean()), float((error > BAD_PIXELS).mean()), milliseconds)
 
 

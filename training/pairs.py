@@ -7,19 +7,15 @@ what is left out (MPI-Sintel).
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gateway.encoding import FLO_TAG, KITTI_SCALE, KITTI_ZERO, Flow
-
-UNKNOWN_FLOW = 1e9  # Middlebury: larger values mean unknown
+from flownet2.formats import Flow, FormatError, known, read_flow
 
 
 class PairError(ValueError):
@@ -41,30 +37,6 @@ class Pair:
         return self.name.split("_")[0]
 
 
-def read_flo(path: Path) -> tuple[Flow, npt.NDArray[np.bool_]]:
-    """Flow and what of it is known, from a Middlebury .flo file."""
-    content = path.read_bytes()
-    if len(content) < 12 or struct.unpack("<f", content[:4])[0] != FLO_TAG:
-        raise PairError(f"{path} is not a Middlebury .flo file")
-    width, height = struct.unpack("<ii", content[4:12])
-    if len(content) != 12 + 8 * width * height:
-        raise PairError(f"{path} is cut short: {width}x{height} flows do not fill it")
-    flow = np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
-    valid = (np.abs(flow) < UNKNOWN_FLOW).all(axis=2)
-    return np.where(valid[..., None], flow, np.float32(0)), valid
-
-
-def read_kitti(path: Path) -> tuple[Flow, npt.NDArray[np.bool_]]:
-    """Flow and what of it is known, from a KITTI flow PNG (16-bit RGB)."""
-    picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if picture is None or picture.dtype != np.uint16 or picture.ndim != 3:
-        raise PairError(f"{path} is not a KITTI flow PNG with three 16-bit channels")
-    coded = picture[..., ::-1].astype(np.float32)  # OpenCV reads BGR
-    valid = coded[..., 2] > 0
-    flow = (coded[..., :2] - np.float32(KITTI_ZERO)) / np.float32(KITTI_SCALE)
-    return np.where(valid[..., None], flow, np.float32(0)), valid
-
-
 def read_pair(folder: Path) -> Pair:
     """Read one folder; :class:`PairError` where a file is missing or sizes differ."""
     frames = []
@@ -74,17 +46,20 @@ def read_pair(folder: Path) -> Pair:
             raise PairError(f"{folder} has no {stem}.* image")
         with Image.open(found[0]) as opened:
             frames.append(np.asarray(opened.convert("RGB")))
-    if (folder / "gt.flo").exists():
-        flow, valid = read_flo(folder / "gt.flo")
-    elif (folder / "gt.png").exists():
-        flow, valid = read_kitti(folder / "gt.png")
-    else:
+    truth = next((folder / name for name in ("gt.flo", "gt.png") if (folder / name).exists()), None)
+    if truth is None:
         raise PairError(f"{folder} has neither gt.flo nor gt.png")
+    try:
+        flow = read_flow(truth)
+    except FormatError as error:
+        raise PairError(str(error)) from error
     if not frames[0].shape[:2] == frames[1].shape[:2] == flow.shape[:2]:
         raise PairError(f"{folder}: the frames and the flow differ in size")
+    valid = known(flow)
     if (folder / "invalid.png").exists():
         with Image.open(folder / "invalid.png") as opened:
-            valid = valid & (np.asarray(opened.convert("L")) == 0)
+            valid &= np.asarray(opened.convert("L")) == 0
+    flow = np.where(valid[..., None], flow, np.float32(0))
     return Pair(folder.name, (frames[0], frames[1]), flow, valid)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from gateway.encoding import to_flo
+from flownet2.formats import to_flo
 from training.generator import load_textures, render
 
 SAMPLE_SEED = 1 << 41

@@ -1,0 +1,211 @@
+"""Formats of a flow, read back by independent readers, and written by independent writers."""
+
+import colorsys
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from flownet2 import FormatError, formats, read_flow, write_flow
+
+
+@pytest.fixture
+def flow() -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return rng.normal(0, 40, (7, 11, 2)).astype(np.float32)
+
+
+def test_npy_is_float32(flow: np.ndarray) -> None:
+    read = np.load(io.BytesIO(formats.to_npy(flow)), allow_pickle=False)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, flow)
+
+
+def test_flo_has_middleburys_layout(flow: np.ndarray) -> None:
+    data = formats.to_flo(flow)
+    assert data[:4] == b"PIEH"
+    assert struct.unpack("<ii", data[4:12]) == (11, 7)
+    u_of_row_2_column_3, v = struct.unpack_from("<ff", data, 12 + (2 * 11 + 3) * 8)
+    assert (u_of_row_2_column_3, v) == tuple(flow[2, 3])
+    assert len(data) == 12 + flow.nbytes
+
+
+def read_png16(data: bytes) -> np.ndarray:
+    """A 16-bit RGB PNG, by the PNG specification, one byte at a time."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, place = {}, 8
+    while place < len(data):
+        size, kind = struct.unpack_from(">I4s", data, place)
+        content = data[place + 8 : place + 8 + size]
+        (checksum,) = struct.unpack_from(">I", data, place + 8 + size)
+        assert checksum == zlib.crc32(kind + content)
+        chunks[kind] = chunks.get(kind, b"") + content
+        place += 12 + size
+    width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert (depth, colour, rest) == (16, 2, [0, 0, 0])
+    raw = zlib.decompress(chunks[b"IDAT"])
+    stride = width * 6
+    rows = []
+    for y in range(height):
+        line = bytearray(raw[y * (stride + 1) : (y + 1) * (stride + 1)])
+        assert line.pop(0) == 1
+        for i in range(6, stride):
+            line[i] = (line[i] + line[i - 6]) % 256
+        rows.append(np.frombuffer(bytes(line), ">u2").reshape(width, 3))
+    return np.stack(rows)
+
+
+def test_kitti_reads_back_to_a_64th(flow: np.ndarray) -> None:
+    flow[3, 4] = (600, 0)  # beyond what the format holds
+    flow[0, 0] = (0, -512)  # its least value
+    data = formats.to_kitti(flow)
+    pixels = read_png16(data)
+    valid = pixels[..., 2] == 1
+    assert not valid[3, 4]
+    assert valid.sum() == valid.size - 1
+    assert (pixels[3, 4] == 0).all()
+    read = (pixels[..., :2].astype(np.float64) - 2**15) / 64
+    assert np.abs(read - flow)[valid].max() <= 1 / 128
+    with Image.open(io.BytesIO(data)) as image:  # another reader takes the file too
+        image.load()
+        assert image.size == (11, 7)
+
+
+def middlebury_colour(u: float, v: float, longest: float) -> list[int]:
+    """One pixel's colour as the paper's authors define it: steps of 15, 6, 4, 11, 13, 6."""
+    wheel: list[list[int]] = []
+    for count, rising, falling, full in (
+        (15, 1, None, 0),
+        (6, None, 0, 1),
+        (4, 2, None, 1),
+        (11, None, 1, 2),
+        (13, 0, None, 2),
+        (6, None, 2, 0),
+    ):
+        for i in range(count):
+            colour = [0, 0, 0]
+            colour[full] = 255
+            if rising is not None:
+                colour[rising] = 255 * i // count
+            if falling is not None:
+                colour[falling] = 255 - 255 * i // count
+            wheel.append(colour)
+    radius = float(np.hypot(u, v)) / longest
+    place = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
+    low = int(place)
+    pixel = []
+    for channel in range(3):
+        first, second = wheel[low][channel], wheel[(low + 1) % len(wheel)][channel]
+        value = ((1 - (place - low)) * first + (place - low) * second) / 255
+        value = 1 - radius * (1 - value) if radius <= 1 else value * 0.75
+        pixel.append(int(255 * value))
+    return pixel
+
+
+@pytest.mark.parametrize("maximum", [None, 30.0])
+def test_colours_are_middleburys(flow: np.ndarray, maximum: float | None) -> None:
+    picture = formats.colours(flow, maximum).astype(int)
+    longest = maximum or float(np.hypot(flow[..., 0], flow[..., 1]).max())
+    for y, x in np.ndindex(flow.shape[:2]):
+        expected = middlebury_colour(*map(float, flow[y, x]), longest)
+        assert np.abs(picture[y, x] - expected).max() <= 1
+
+
+def test_no_motion_is_white_and_a_turn_goes_round_the_hues() -> None:
+    assert (formats.colours(np.zeros((2, 2, 2), np.float32)) == 255).all()
+    angles = np.linspace(0.2, 6.0, 40)
+    ring = np.stack([np.cos(angles), np.sin(angles)], -1)[None].astype(np.float32)
+    hues = [colorsys.rgb_to_hsv(*pixel)[0] for pixel in formats.colours(ring)[0] / 255]
+    assert (np.diff(hues) >= 0).all()
+
+
+def test_picture_is_a_png_of_the_colours(flow: np.ndarray) -> None:
+    with Image.open(io.BytesIO(formats.to_picture(flow))) as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image), formats.colours(flow))
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "step"),
+    [
+        ("a.flo", None, 0),
+        ("a.npy", None, 0),
+        ("a.npz", None, 0),
+        ("a.pfm", None, 0),
+        ("a.png", "kitti", 1 / 128),
+    ],
+)
+def test_what_is_written_is_read_with_unknown_flow_as_nan(
+    tmp_path: Path, flow: np.ndarray, file: str, format: str | None, step: float
+) -> None:
+    flow[2, 3] = np.nan
+    write_flow(tmp_path / file, flow, format)
+    read = read_flow(tmp_path / file)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(read), np.isnan(flow))
+    assert np.nanmax(np.abs(read - flow)) <= step
+
+
+def test_kitti_files_of_another_writer_are_read(tmp_path: Path, flow: np.ndarray) -> None:
+    coded = np.zeros((7, 11, 3), np.uint16)
+    coded[..., :2] = np.rint(flow * 64 + 2**15)
+    coded[1:, :, 2] = 1
+    cv2.imwrite(str(tmp_path / "a.png"), coded[..., ::-1])
+    read = read_flow(tmp_path / "a.png")
+    assert np.isnan(read[0]).all()
+    np.testing.assert_array_equal(read[1:], (coded[1:, :, :2].astype(np.float32) - 2**15) / 64)
+
+
+def test_unknown_flow_of_a_flo_file_is_nan(flow: np.ndarray) -> None:
+    flow[1, 2, 0] = 1e10
+    read = formats.from_flo(b"PIEH" + struct.pack("<ii", 11, 7) + flow.tobytes())
+    assert np.isnan(read[1, 2]).all()
+    assert np.isnan(read).sum() == 2
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_pfm_has_the_lowest_row_first_in_either_byte_order(
+    tmp_path: Path, flow: np.ndarray, order: str
+) -> None:
+    rows = np.concatenate([flow[::-1], np.zeros((7, 11, 1))], axis=2).astype(f"{order}f4")
+    scale = {"<": b"-1.0", ">": b"1"}[order]
+    (tmp_path / "a.pfm").write_bytes(b"PF\n11 7\n" + scale + b"\n" + rows.tobytes())
+    np.testing.assert_array_equal(read_flow(tmp_path / "a.pfm"), flow)
+    np.testing.assert_array_equal(
+        cv2.imdecode(np.frombuffer(formats.to_pfm(flow), np.uint8), cv2.IMREAD_UNCHANGED)[
+            ..., :0:-1
+        ],
+        flow,
+    )
+
+
+@pytest.mark.parametrize("name", ["flo", "npy", "npz", "pfm", "kitti"])
+def test_files_that_are_cut_off_or_of_another_kind_are_refused(
+    tmp_path: Path, flow: np.ndarray, name: str
+) -> None:
+    format = formats.FORMATS[name]
+    path = tmp_path / f"a{format.suffix}"
+    content = format.encode(flow)
+    for wrong in (b"", content[: len(content) // 2], b"PF\n1 1\n", formats.to_picture(flow)):
+        path.write_bytes(wrong)
+        with pytest.raises(FormatError, match="a\\."):
+            read_flow(path)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[print]], dtype=object), allow_pickle=True)
+    with pytest.raises(FormatError):
+        read_flow(tmp_path / "a.npy")
+
+
+def test_unknown_flow_is_black(flow: np.ndarray) -> None:
+    flow[0, 0] = np.nan
+    picture = formats.colours(flow)
+    assert (picture[0, 0] == 0).all()
+    flow[0, 0] = 0
+    np.testing.assert_array_equal(picture[1:], formats.colours(flow)[1:])
