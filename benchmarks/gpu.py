@@ -82,10 +82,10 @@ def ways(name: str, folder: Path, op_library: Path | None) -> Iterator[tuple[str
 
     yield "eager fp32, correlation in standard operators", eager
     if spatial_correlation_sample is not None:
-        with patch("export.networks.correlation", other_correlation):
+        with patch("export.networks.blocks.correlation", other_correlation):
             yield "eager fp32, spatial-correlation-sampler's kernel", eager
     ours = correlation_with(Kernel(compile_kernels(folder, capability())))
-    with patch("export.networks.correlation", ours):
+    with patch("export.networks.blocks.correlation", ours):
         yield "eager fp32, our kernel", eager
         model.half()
         yield "eager fp16, our kernel", eager
@@ -132,7 +132,7 @@ def onnx_runtime(
         import onnx  # noqa: PLC0415 - optional, as is the next
         import onnxruntime  # noqa: PLC0415
 
-        from export.onnx_export import export_onnx  # noqa: PLC0415
+        from export.graph import export_onnx  # noqa: PLC0415
     except ImportError as error:
         raise Missing(f"--op-library needs the `gpu` extra: {error}") from error
     provider = "CUDAExecutionProvider"

@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from export.graph import export_onnx  # noqa: PLC0415
     from export.networks import NETWORKS  # noqa: PLC0415
-    from export.onnx_export import export_onnx  # noqa: PLC0415
     from export.weights import WeightsError, load_weights  # noqa: PLC0415
 
     if Path(options.name).name != options.name or options.name.startswith("."):

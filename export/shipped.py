@@ -1,7 +1,7 @@
 """The model that ships, put together without PyTorch: `make serve` needs none.
 
 ``python -m export.shipped --repository DIR`` fills the weights of ``weights/flownet2.safetensors``
-into the graph ``weights/flownet2.onnx``, which :func:`export.onnx_export.network_graph` wrote
+into the graph ``weights/flownet2.onnx``, which :func:`export.graph.network_graph` wrote
 (``python -m export.shipped --write-graph`` writes it anew). What comes out is what
 ``python -m export`` gives. With ``--keep-other`` a model of other weights that was exported to its
 place stays there.
@@ -28,7 +28,7 @@ NAME = "flownet2"
 
 
 def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The shipped network as :func:`export.onnx_export.export_onnx` gives it, and the description
+    """The shipped network as :func:`export.graph.export_onnx` gives it, and the description
     that :func:`export.repository.write_model` wants."""
     with safe_open(WEIGHTS, framework="np") as file:
         metadata = file.metadata()
@@ -80,8 +80,8 @@ def other_weights(repository: Path) -> str | None:
 
 def write_graph() -> None:
     """Write the graph of the network that the weights are of (this one needs PyTorch)."""
+    from export.graph import network_graph  # noqa: PLC0415
     from export.networks import NETWORKS  # noqa: PLC0415
-    from export.onnx_export import network_graph  # noqa: PLC0415
 
     with safe_open(WEIGHTS, framework="np") as file:
         network = NETWORKS[file.metadata()["network"]]

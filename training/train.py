@@ -42,7 +42,7 @@ from export.networks import (
     FlowNetC,
     Network,
 )
-from export.operators import resample, upsample_aligned
+from export.networks.operators import resample, upsample_aligned
 from training.generator import Textures, load_textures, render
 from training.loss import endpoint_error, matching_loss, multiscale_loss
 from training.model import TrainingC, carry_flow, channel_means, initialise, standardise

@@ -11,7 +11,7 @@ from PIL import Image
 from tritonclient import grpc
 
 from benchmarks import gpu, perf_analyzer, report, samples, web
-from export.operators import correlation
+from export.networks.operators import correlation
 from launch import triton
 from launch.ports import free_ports
 from tests.support.correlation_cases import Case, brute_force

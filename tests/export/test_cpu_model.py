@@ -19,8 +19,8 @@ from PIL import Image
 
 from export.cpu.bfloat16 import cast_to_bfloat16
 from export.cpu.model import Engine, available_cores, has_bfloat16
+from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
-from export.onnx_export import export_onnx
 from export.repository import write_model
 from launch import triton
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from export.graph import OPSET, correlation_function, export_onnx
 from export.networks import NETWORKS
-from export.onnx_export import OPSET, correlation_function, export_onnx
 from export.weights import load_weights
 from tests.support.caffe_reference import make_blobs, write_h5
 from tests.support.correlation_cases import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import operators
+from export.networks import operators
 from tests.support.caffe_reference import resize, warp
 from tests.support.correlation_cases import CASES, Case, brute_force
 

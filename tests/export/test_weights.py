@@ -14,10 +14,9 @@ from export.networks import NETWORKS, FlowNet2
 from export.weights import (
     WeightsError,
     load_weights,
-    network_layers,
-    nvidia_names,
     save_weights,
 )
+from export.weights.nvidia import nvidia_names
 from tests.support.caffe_reference import Blobs, make_blobs, write_h5
 
 THIN_C = NETWORKS["FlowNet2-c"]
@@ -84,7 +83,7 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
 def nvidia_checkpoint(model: FlowNet2, batch_norm: bool = False) -> dict[str, torch.Tensor]:
     """The state of NVIDIA's modules that computes what `model` does on RGB images."""
     state: dict[str, torch.Tensor] = {}
-    for (block, layer), module in network_layers(model).items():
+    for (block, layer), module in model.layers().items():
         name = nvidia_names(model.network, block, layer)[0]
         weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
         if layer == "conv1" and weight.shape[1] in (3, 6):

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
-from export.onnx_export import export_onnx
 
 # One of each architecture; the other names differ in their weights alone.
 ARCHITECTURES = list(

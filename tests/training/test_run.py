@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from export.networks import NETWORKS, FlowNet2
-from export.operators import correlation
+from export.networks.operators import correlation
 from export.weights import WeightsError, load_weights, save_weights
 from training import train
 from training.cost import cost_volume

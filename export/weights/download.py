@@ -1,4 +1,4 @@
-"""``python -m export.download --network FlowNet2``: the official weights, ready to serve.
+"""``python -m export.weights.download --network FlowNet2``: the official weights, ready to serve.
 
 Downloads the archive of the original release that holds the network (its weights are for research
 only), takes the one file out, and exports it with ``python -m export``. A download that was
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export.download",
+        prog="python -m export.weights.download",
         description="Download the official weights of a network and export them.",
     )
     parser.add_argument("--network", required=True, choices=NETWORKS, metavar="NAME")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from export.networks import FlowNet2, Network
-from export.operators import banded_correlation
+from export.networks.operators import banded_correlation
 
 DOMAIN = "flownet2"
 OPSET = 18

@@ -1,0 +1,155 @@
+"""Caffe's ``.caffemodel`` (binary) and ``.caffemodel.h5`` of the original release."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from export.networks import Network
+from export.weights.file import AUTHORS_LICENSE, Layer, WeightFile, WeightsError
+
+CAFFE_PREFIX = {"net1": "", "net2": "net2_", "net3": "net3_", "sd": "netsd_", "fusion": "fuse_"}
+
+
+def caffe_names(network: Network, block: str, layer: str) -> tuple[str, ...]:
+    """Names that the original release gives a layer (deploy prototxts of lmb-freiburg/flownet2)."""
+    prefix = "" if network.cascade == ("SD",) else CAFFE_PREFIX[block]
+    if layer.startswith("predict"):
+        level = int(layer.removeprefix("predict"))
+        numbered, named = f"Convolution{7 - level}", f"predict_conv{level}"
+        if block in ("net2", "net3"):
+            return (prefix + named,)
+        if block == "fusion":
+            return (f"{prefix}_{numbered}",)
+        if block == "net1" and network.cascade[0] == "S":
+            return (named, numbered)
+        return (prefix + numbered,)
+    if layer.startswith("upflow"):
+        level = int(layer.removeprefix("upflow"))
+        twice = prefix if block in ("net2", "net3") else ""
+        return (f"{prefix}{twice}upsample_flow{level + 1}to{level}",)
+    return (prefix + layer,)
+
+
+def read_hdf5(path: Path) -> WeightFile:
+    """Read a ``.caffemodel.h5``."""
+    try:
+        with h5py.File(path, "r") as file:
+            group = file.get("data")
+            if not isinstance(group, h5py.Group):
+                raise WeightsError(f"{path.name}: an HDF5 file without Caffe's group /data")
+            blobs = {
+                name: [np.asarray(layer[str(i)]) for i in range(len(layer))]
+                for name, layer in group.items()
+            }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path.name}: broken HDF5 file: {error}") from error
+    return _from_caffe_blobs(path, blobs)
+
+
+def read_caffemodel(path: Path) -> WeightFile:
+    """Read a binary ``.caffemodel``."""
+    net = _caffe_message("NetParameter")()
+    try:
+        net.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise WeightsError(
+            f"{path.name}: neither a Caffe model, nor HDF5, nor a PyTorch checkpoint, "
+            "nor safetensors"
+        ) from error
+    blobs = {
+        layer.name: [_blob_array(path, layer.name, blob) for blob in layer.blobs]
+        for layer in itertools.chain(net.layer, net.layers)
+    }
+    if not any(blobs.values()):
+        raise WeightsError(f"{path.name}: holds no layer with weights")
+    return _from_caffe_blobs(path, blobs)
+
+
+def _blob_array(path: Path, layer: str, blob: Any) -> NDArray[np.float32]:
+    values = np.frombuffer(blob.double_data, "<f8").astype(np.float32)
+    if not len(values):
+        values = np.frombuffer(blob.data, "<f4")
+    shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
+    if not shape or int(np.prod(shape)) != len(values):
+        raise WeightsError(
+            f"{path.name}: layer {layer} declares {'x'.join(map(str, shape))} values "
+            f"and holds {len(values)}; the file is cut off or of another format"
+        )
+    return values.reshape(shape)
+
+
+def _from_caffe_blobs(path: Path, blobs: Mapping[str, list[NDArray[Any]]]) -> WeightFile:
+    """Caffe's blobs of each layer: weight and bias, or for ``DataAugmentation`` iteration count,
+    per-pixel mean and per-channel mean."""
+    means = []
+    for layer in ("img0s_aug", "img1s_aug"):
+        if len(blobs.get(layer, ())) != 3 or blobs[layer][2].size != 3:
+            raise WeightsError(
+                f"{path.name}: layer {layer} with the per-channel mean as third blob is missing"
+            )
+        means.append(torch.from_numpy(blobs[layer][2].astype(np.float32).reshape(3)))
+    layers = {}
+    for name, values in blobs.items():
+        # scale_conv1 holds the scale of one input size; all other layers without a four-axis
+        # first blob hold no weights of the network.
+        if not values or values[0].ndim != 4 or name in ("img0s_aug", "img1s_aug", "scale_conv1"):
+            continue
+        tensors = [torch.from_numpy(np.array(value, np.float32)) for value in values]
+        layers[name] = Layer(tensors[0], tensors[1].reshape(-1) if len(tensors) > 1 else None)
+    return WeightFile(
+        layers, caffe_names, path.name, AUTHORS_LICENSE, mean1=means[0], mean2=means[1]
+    )
+
+
+def _caffe_message(name: str) -> Any:
+    """The part of caffe.proto that holds weights.
+
+    Packed floats and bytes look the same on the wire: as bytes, NumPy reads them without a copy.
+    """
+    pool = descriptor_pool.DescriptorPool()
+    file = descriptor_pb2.FileDescriptorProto(name="caffe.proto", package="caffe")
+    kind = descriptor_pb2.FieldDescriptorProto
+
+    def message(name: str, *fields: tuple[str, int, int, bool, str]) -> None:
+        descriptor = file.message_type.add(name=name)
+        for field_name, number, field_type, repeated, type_name in fields:
+            descriptor.field.add(
+                name=field_name,
+                number=number,
+                type=field_type,
+                label=kind.LABEL_REPEATED if repeated else kind.LABEL_OPTIONAL,
+                type_name=f".caffe.{type_name}" if type_name else None,
+            )
+
+    message("BlobShape", ("dim", 1, kind.TYPE_INT64, True, ""))
+    message(
+        "BlobProto",
+        *(
+            (axis, i, kind.TYPE_INT32, False, "")
+            for i, axis in enumerate(("num", "channels", "height", "width"), start=1)
+        ),
+        ("data", 5, kind.TYPE_BYTES, False, ""),
+        ("shape", 7, kind.TYPE_MESSAGE, False, "BlobShape"),
+        ("double_data", 8, kind.TYPE_BYTES, False, ""),
+    )
+    for layer, name_number, blobs_number in (("LayerParameter", 1, 7), ("V1LayerParameter", 4, 6)):
+        message(
+            layer,
+            ("name", name_number, kind.TYPE_STRING, False, ""),
+            ("blobs", blobs_number, kind.TYPE_MESSAGE, True, "BlobProto"),
+        )
+    message(
+        "NetParameter",
+        ("layers", 2, kind.TYPE_MESSAGE, True, "V1LayerParameter"),
+        ("layer", 100, kind.TYPE_MESSAGE, True, "LayerParameter"),
+    )
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}"))
