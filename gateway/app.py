@@ -26,6 +26,7 @@ from gateway.middleware import (
     SecurityHeadersMiddleware,
     read_keys,
 )
+from gateway.page import add_page
 from gateway.settings import Settings
 
 log = logging.getLogger("gateway")
@@ -103,12 +104,15 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "GPL-3.0-or-later", "identifier": "GPL-3.0-or-later"},
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.stopping = False
     _add_middleware(app, settings, measured)
     _add_error_handlers(app, settings, measured)
     _add_flow(app, settings, service)
     _add_reports(app, settings, cluster, measured)
+    add_page(app)
     openapi.declare_problem(app)
     return app
 

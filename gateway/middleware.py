@@ -11,6 +11,7 @@ from pathlib import Path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import page
 from gateway.context import Context, context_of
 from gateway.errors import KINDS, InternalError, Unauthorized, problem
 from gateway.metrics import Metrics
@@ -99,17 +100,13 @@ class ContextMiddleware:
 
 @dataclass
 class SecurityHeadersMiddleware:
-    """Headers that keep browsers from doing anything with an answer but reading it."""
+    """Headers that keep browsers from doing anything with an answer but reading it.
+
+    The page brings a `Content-Security-Policy` of its own.
+    """
 
     app: ASGIApp
 
-    # Swagger's page loads its script and style from a CDN and starts them inline.
-    _docs_policy = (
-        "default-src 'none'; connect-src 'self'; "
-        "img-src 'self' data: https://fastapi.tiangolo.com; "
-        "script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
-        "style-src 'unsafe-inline' https://cdn.jsdelivr.net; frame-ancestors 'none'"
-    )
     _policy = "default-src 'none'; frame-ancestors 'none'"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,8 +118,7 @@ class SecurityHeadersMiddleware:
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["X-Frame-Options"] = "DENY"
                 headers["Referrer-Policy"] = "no-referrer"
-                page = scope["path"] in ("/docs", "/redoc")
-                headers["Content-Security-Policy"] = self._docs_policy if page else self._policy
+                headers.setdefault("Content-Security-Policy", self._policy)
             await send(message)
 
         await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
@@ -141,13 +137,17 @@ def read_keys(file: Path) -> list[bytes]:
     return [_digest(key) for key in keys]
 
 
+def _is_open(path: str) -> bool:
+    return path in PROBES or path in page.PATHS or path.startswith(page.FOLDERS)
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
 @dataclass
 class ApiKeyMiddleware:
-    """Asks for an API key everywhere but at the probes.
+    """Asks for an API key everywhere but at the probes and the page.
 
     The key comes as `Authorization: Bearer KEY` or `X-API-Key: KEY`. Digests of one length are
     compared, each with all, so that the time tells nothing.
@@ -159,7 +159,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] in PROBES or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         context = context_of(scope)

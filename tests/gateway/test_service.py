@@ -434,7 +434,7 @@ class TestObservability:
         )
 
     def test_pages_have_security_headers(self, gateway: Gateway) -> None:
-        for path in ("/docs", "/models", "/nowhere"):
+        for path in ("/", "/docs", "/models", "/nowhere"):
             headers = gateway.client.get(path).headers
             assert headers["x-content-type-options"] == "nosniff"
             assert "frame-ancestors 'none'" in headers["content-security-policy"]
@@ -454,7 +454,7 @@ class TestOtherSettings:
         ) as gateway:
             client = gateway.client
             wait_until(lambda: gateway.get("/readyz") == 200)
-            for path in ("/models", "/metrics", "/docs", "/openapi.json", "/nowhere", PATH):
+            for path in ("/models", "/metrics", "/nowhere", PATH):
                 answer = client.get(path)
                 check_problem(answer, 401, "unauthorized")
                 assert answer.headers["www-authenticate"] == "Bearer"

@@ -1,0 +1,43 @@
+"""The page at `/`, and the API's description at `/docs`: static files, for all to read."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+WEB = Path(__file__).parent / "web"
+
+PATHS = frozenset({"/", "/docs", "/openapi.json"})
+FOLDERS = ("/web/", "/swagger/")
+"""With `PATHS`, what needs no API key."""
+
+HEADERS = {
+    "Cache-Control": "no-cache",  # kept, but asked for again: a new version is seen at once
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+
+
+class _Files(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve both, and the files that they load; all addresses in those are relative."""
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(WEB / "index.html", headers=HEADERS)
+
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(WEB / "docs.html", headers=HEADERS)
+
+    app.mount("/web", _Files(directory=WEB))
+    app.mount("/swagger", _Files(packages=[("fastapi_swagger", "resources")]))

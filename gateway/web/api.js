@@ -1,0 +1,101 @@
+// The service's public HTTP API.
+
+import { parseNpy, parseNpz } from "./npy.js";
+
+/** The service's address: this module lies at web/api.js below it, whatever prefix a proxy adds. */
+export const BASE = new URL("..", import.meta.url);
+
+const KEY = "flownet2-api-key";
+
+/** A request that was not answered with a flow; `field` names what is wrong, if one thing is. */
+export class Problem extends Error {
+  constructor({ status = 0, field = null, detail, retryAfter = 0 }) {
+    super(detail);
+    Object.assign(this, { status, field, retryAfter });
+  }
+}
+
+/** Keep an API key for as long as this tab is open; an empty one is forgotten. */
+export function setKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+async function call(path, options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };
+  let response;
+  try {
+    response = await fetch(new URL(path, BASE), { ...options, headers });
+    if (response.ok) return [response, await response.arrayBuffer()];
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem({ detail: "The connection was lost. Is the service running? Try again." });
+  }
+  const problem = await response.json().catch(() => ({}));
+  throw new Problem({
+    status: response.status,
+    field: problem.field,
+    detail: problem.detail ?? `The server answered ${response.status} ${response.statusText}.`,
+    retryAfter: Number(response.headers.get("Retry-After") ?? 0),
+  });
+}
+
+/** The loaded networks, as `GET /models` lists them. */
+export async function models() {
+  const [, body] = await call("models");
+  return JSON.parse(new TextDecoder().decode(body)).models;
+}
+
+/** What a request is in HTTP, but for its files; snippets show the same. */
+export function wire({ size, model, both }) {
+  const query = new URLSearchParams({ size });
+  if (model) query.set("model", model);
+  if (both) query.set("direction", "both");
+  return {
+    path: `estimate_flow/?${query}`,
+    accept: both ? "application/x-npz" : "application/x-npy",
+  };
+}
+
+/**
+ * Estimate the flow of a request: `image1` and `image2` (`{blob, name}`), `size` ("512" or
+ * "native"), `model`, and `both` for the occluded pixels too.
+ *
+ * Gives `flow` (`{width, height, data}`, u and v in turns), `occluded` (one byte a pixel, or null)
+ * and `stages` (`[name, milliseconds]`, the last one "total").
+ */
+export async function estimate(request, signal) {
+  const { path, accept } = wire(request);
+  const body = new FormData();
+  body.append("image1", request.image1.blob, request.image1.name);
+  body.append("image2", request.image2.blob, request.image2.name);
+  const options = { method: "POST", body, headers: { Accept: accept }, signal };
+  const [response, content] = await call(path, options);
+  const arrays = request.both ? await parseNpz(content) : { flow: parseNpy(content) };
+  return answer(arrays, response.headers.get("Server-Timing") ?? "");
+}
+
+/** Arrays and a `Server-Timing` header as `estimate` gives them. */
+export function answer({ flow, occluded }, timing) {
+  const [height, width] = flow.shape;
+  return {
+    flow: { width, height, data: flow.data },
+    occluded: occluded?.data ?? null,
+    stages: [...timing.matchAll(/([\w-]+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, Number(ms)]),
+  };
+}
+
+/** The sample that the page opens with: its request's images and its answer, made beforehand. */
+export async function sample() {
+  const file = async (name) => (await fetch(new URL(`web/sample/${name}`, BASE))).blob();
+  const [first, second, arrays, about] = await Promise.all(
+    ["image1.jpg", "image2.jpg", "flow.npz", "about.json"].map(file),
+  );
+  const { server_timing: timing, ...model } = JSON.parse(await about.text());
+  return {
+    image1: { blob: first, name: "image1.jpg" },
+    image2: { blob: second, name: "image2.jpg" },
+    model,
+    answer: answer(await parseNpz(await arrays.arrayBuffer()), timing),
+  };
+}

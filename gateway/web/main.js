@@ -1,0 +1,388 @@
+// The page: wires its controls to the service and to the viewer.
+
+import { Problem, estimate, models, sample, setKey } from "./api.js";
+import { toFlo, toNpy } from "./npy.js";
+import { sentence, showModel, showStages } from "./report.js";
+import { asCurl, asPython } from "./snippets.js";
+import { Camera, Video } from "./video.js";
+import { Viewer } from "./view.js";
+
+const $ = (id) => document.getElementById(id);
+const all = (selector) => document.querySelectorAll(selector);
+const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
+const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+
+let served = []; // what /models lists
+let pair = [null, null]; // the images of the next request: {blob, name}
+let untouched = true; // they are still the sample's
+let shown = null; // the request and the answer that are on display
+let running = null; // the AbortController of the request in flight
+let video = null; // the opened Video
+let live = null; // the Video or Camera that plays
+
+const viewer = new Viewer({ flow: $("flow"), images: $("images"), legend: $("legend") }, (pixel) => {
+  $("readout").textContent = pixel ? sentence(pixel) : $("readout").dataset.empty;
+});
+
+// Requests
+
+function request() {
+  const model = served.find(({ name }) => name === $("model").value);
+  return {
+    image1: pair[0],
+    image2: pair[1],
+    size: chosen("size"),
+    model: !model || model.default ? "" : model.name,
+    both: $("both").checked,
+  };
+}
+
+/** An image as the browser shows it, on the file's own pixels; null where it cannot. */
+function decode({ blob }) {
+  return createImageBitmap(blob, { imageOrientation: "none" }).catch(() => null);
+}
+
+/** Ask for the flow of the pair and show it; whether that went well. */
+async function run() {
+  if (!pair[0] || !pair[1]) return false;
+  running?.abort();
+  const { signal } = (running = new AbortController());
+  const asked = request();
+  clearProblems();
+  document.body.classList.add("busy");
+  if (!live) $("status").textContent = "Estimating…";
+  const began = performance.now();
+  try {
+    const [answer, image1, image2] = await Promise.all([
+      estimate(asked, signal),
+      decode(asked.image1),
+      decode(asked.image2),
+    ]);
+    const ms = performance.now() - began;
+    const model = served.find(({ name, ...one }) => (asked.model ? name === asked.model : one.default));
+    const rate = live ? `${(1000 / ms).toFixed(1)} pairs a second` : `${ms.toFixed(0)} ms in all`;
+    display({ asked, answer, image1, image2, model: model ?? {} }, rate);
+    $("status").textContent = live ? rate : `Done in ${ms.toFixed(0)} ms.`;
+    return true;
+  } catch (error) {
+    if (error.name === "AbortError") return false;
+    $("status").textContent = "";
+    if (live && error.retryAfter) {
+      await pause(error.retryAfter);
+      return true;
+    }
+    showProblem(error);
+    return false;
+  } finally {
+    if (running?.signal === signal) document.body.classList.remove("busy");
+  }
+}
+
+function display(result, rate) {
+  shown = result;
+  const { asked, answer, image1, image2, model } = result;
+  viewer.show({ ...answer, image1, image2 });
+  const { width, height } = viewer.size;
+  $("dimensions").textContent = `${width} × ${height}`;
+  $("longest").textContent = `longest ${viewer.longest.toFixed(1)} px`;
+  $("occluded").disabled = !answer.occluded;
+  showScale();
+  showModel($("about"), model, answer.flow, rate);
+  showStages({ bar: $("bar"), list: $("stages"), total: $("total") }, answer.stages);
+  showCode(asked);
+}
+
+function clearProblems() {
+  for (const place of all(".problem")) place.textContent = "";
+  for (const control of all("[aria-invalid]")) control.removeAttribute("aria-invalid");
+}
+
+/** Show a sentence beside the field that it is about, or at the end of the form. */
+function showProblem(error) {
+  if (!(error instanceof Problem)) console.error(error);
+  if (error.status === 401) {
+    $("key-form").hidden = false;
+    $("key").focus();
+  }
+  const place = $(`problem-${error.field}`) ?? $("problem");
+  place.textContent = error.message;
+  document.querySelector(`[aria-describedby="${place.id}"]`)?.setAttribute("aria-invalid", "true");
+}
+
+/** Fill the list of networks, as soon as there are any. */
+async function loadModels() {
+  try {
+    served = await models();
+    $("service").textContent = served.length ? "Ready" : "The model is being loaded…";
+    document.body.classList.toggle("ready", served.length > 0);
+  } catch (error) {
+    $("service").textContent = error.status === 401 ? "Asks for a key" : "Not reachable";
+    document.body.classList.remove("ready");
+    if (error.status === 401) return showProblem(error);
+  }
+  $("model").replaceChildren(
+    ...served.map(({ name, network, default: first }) =>
+      new Option(network ? `${network} (${name})` : name, name, first, first),
+    ),
+  );
+  if (!served.length) setTimeout(loadModels, 3000);
+}
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setKey($("key").value);
+  $("key-form").hidden = true;
+  clearProblems();
+  loadModels();
+});
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (!pair[0] || !pair[1]) showProblem(new Problem({ detail: "Choose two images first." }));
+  run();
+});
+
+for (const control of all(".options input, .options select")) {
+  control.addEventListener("change", () => live || run());
+}
+
+// Images
+
+/** Take an image file for one side of the pair. */
+function setImage(side, file) {
+  if (untouched) pair = [null, null];
+  untouched = false;
+  pair[side] = { blob: file, name: file.name };
+  showSlots();
+}
+
+function showSlots() {
+  for (const [side, slot] of [$("slot1"), $("slot2")].entries()) {
+    const [picture, name] = [slot.querySelector("img"), slot.querySelector(".name")];
+    URL.revokeObjectURL(picture.src);
+    picture.hidden = !pair[side];
+    if (pair[side]) picture.src = URL.createObjectURL(pair[side].blob);
+    name.textContent = pair[side]?.name ?? `Choose image ${side + 1}`;
+  }
+}
+
+for (const [side, input] of [$("image1"), $("image2")].entries()) {
+  input.addEventListener("change", () => {
+    if (!input.files.length) return;
+    setImage(side, input.files[0]);
+    input.value = "";
+    run();
+  });
+  input.parentElement.addEventListener("drop", (event) => take(event, side));
+}
+
+$("swap").addEventListener("click", () => {
+  pair.reverse();
+  showSlots();
+  run();
+});
+
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dragging");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dragging");
+});
+document.addEventListener("drop", (event) => take(event));
+
+/** Take dropped files: a video, two images in the order of their names, or one for a side. */
+function take(event, side) {
+  event.preventDefault();
+  event.stopPropagation();
+  document.body.classList.remove("dragging");
+  const files = [...event.dataTransfer.files];
+  const film = files.find(({ type }) => type.startsWith("video/"));
+  if (film) {
+    setSource("video");
+    openVideo(film);
+  } else if (files.length) {
+    setSource("files");
+    files.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+    const first = files.length > 1 ? 0 : (side ?? (untouched || !pair[0] || pair[1] ? 0 : 1));
+    if (!untouched && files.length === 1 && side === undefined && pair[0] && pair[1]) {
+      pair = [null, null];
+    }
+    files.slice(0, 2).forEach((file, i) => setImage(first + i, file));
+    run();
+  }
+}
+
+// Video and camera
+
+function setSource(name) {
+  document.querySelector(`input[name="source"][value="${name}"]`).checked = true;
+  for (const panel of all("[data-source]")) panel.hidden = panel.dataset.source !== name;
+  stop();
+}
+
+for (const input of all('input[name="source"]')) {
+  input.addEventListener("change", () => setSource(input.value));
+}
+
+async function openVideo(file) {
+  clearProblems();
+  video?.close();
+  video = null;
+  try {
+    video = await Video.open(file, $("video"));
+  } catch (error) {
+    return showProblem(new Problem({ field: "video", detail: error.message }));
+  }
+  $("video-name").textContent = file.name;
+  $("steps").hidden = false;
+  await showFrame(0);
+}
+
+$("video-file").addEventListener("change", ({ target }) => {
+  if (target.files.length) openVideo(target.files[0]);
+});
+
+/** Ask for the flow from one frame to the one `step` later. */
+async function showFrame(index) {
+  const step = Math.max(1, Math.round(Number($("step").value)));
+  const last = Math.max(0, video.length - 1 - step);
+  const first = Math.min(Math.max(index, 0), last);
+  $("frame").max = last;
+  $("frame").value = first;
+  $("frame-name").textContent = `${first} → ${first + step} of ${video.length}`;
+  pair = [await video.frame(first), await video.frame(first + step)];
+  untouched = false;
+  showSlots();
+  return run();
+}
+
+const frame = () => Number($("frame").value);
+$("previous").addEventListener("click", () => showFrame(frame() - 1));
+$("next").addEventListener("click", () => showFrame(frame() + 1));
+$("frame").addEventListener("change", () => showFrame(frame()));
+$("step").addEventListener("change", () => showFrame(frame()));
+
+/** Ask for pair after pair, as fast as the service answers, until it is stopped. */
+async function play(source, button, advance) {
+  live = source;
+  button.setAttribute("aria-pressed", "true");
+  while (live === source && (await advance()));
+  if (live === source) stop();
+}
+
+function stop() {
+  if (live instanceof Camera) live.close();
+  live = null;
+  $("camera").hidden = true;
+  $("live").textContent = "Start the camera";
+  $("play").textContent = "Play";
+  for (const button of [$("play"), $("live")]) button.setAttribute("aria-pressed", "false");
+}
+
+$("play").addEventListener("click", () => {
+  if (live) return stop();
+  $("play").textContent = "Pause";
+  return play(video, $("play"), async () => {
+    if (frame() >= Number($("frame").max)) return false;
+    return showFrame(frame() + 1);
+  });
+});
+
+$("live").addEventListener("click", async () => {
+  if (live) return stop();
+  clearProblems();
+  let camera;
+  try {
+    camera = await Camera.open($("camera"));
+  } catch (error) {
+    return showProblem(new Problem({ field: "camera", detail: error.message }));
+  }
+  $("camera").hidden = false;
+  $("live").textContent = "Stop the camera";
+  return play(camera, $("live"), async () => {
+    pair = await camera.pair();
+    untouched = false;
+    return run();
+  });
+});
+
+// The view
+
+function showScale() {
+  $("maximum-label").hidden = chosen("scale") === "auto";
+  viewer.set({ maximum: chosen("scale") === "auto" ? null : Number($("maximum").value) });
+  $("rim").textContent = `${viewer.maximum.toFixed(1)} px`;
+}
+
+for (const input of all('input[name="scale"]')) {
+  input.addEventListener("change", () => {
+    if (input.value === "fixed") $("maximum").value = Math.ceil(viewer.longest);
+    showScale();
+  });
+}
+$("maximum").addEventListener("input", () => Number($("maximum").value) > 0 && showScale());
+
+function showOptions() {
+  viewer.set({
+    arrows: $("arrows").checked,
+    occluded: $("occluded").checked,
+    blend: Number($("blend").value),
+    warped: chosen("second") === "warped",
+  });
+}
+
+for (const control of all('#arrows, #occluded, #blend, input[name="second"]')) {
+  control.addEventListener("input", showOptions);
+}
+showOptions(); // a browser that reloads a page keeps what was set
+
+// The answer
+
+const FILES = {
+  flo: () => toFlo(shown.answer.flow),
+  npy: () => toNpy(shown.answer.flow),
+  png: () => viewer.picture(),
+};
+
+for (const button of all("[data-format]")) {
+  button.addEventListener("click", async () => {
+    const { format } = button.dataset;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await FILES[format]());
+    link.download = `flow.${format}`;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+}
+
+function showCode(asked) {
+  const withKey = !$("key").validity.valueMissing;
+  $("code").textContent = chosen("language") === "curl" ? asCurl(asked, withKey) : asPython(asked);
+}
+
+for (const input of all('input[name="language"]')) {
+  input.addEventListener("change", () => shown && showCode(shown.asked));
+}
+$("copy").addEventListener("click", async () => {
+  await navigator.clipboard.writeText($("code").textContent);
+  $("copy").textContent = "Copied";
+  await pause(1.5);
+  $("copy").textContent = "Copy";
+});
+
+// What a visitor sees first
+
+async function open() {
+  const { image1, image2, model, answer } = await sample();
+  if (!untouched) return;
+  pair = [image1, image2];
+  showSlots();
+  const asked = { ...request(), size: "native", both: true, model: "" };
+  const [first, second] = await Promise.all(pair.map(decode));
+  display({ asked, answer, image1: first, image2: second, model }, "computed beforehand");
+  $("status").textContent = "A sample, computed beforehand.";
+}
+
+loadModels();
+open();

@@ -1,0 +1,99 @@
+// Frames out of a video file or a camera, by the browser's own decoder.
+
+/** Resolve with the next event of a kind; reject if the media fails first. */
+function next(media, kind) {
+  return new Promise((resolve, reject) => {
+    media.addEventListener(kind, resolve, { once: true });
+    media.addEventListener("error", () => reject(new Error("This video cannot be played here.")), {
+      once: true,
+    });
+  });
+}
+
+/** Resolve with the media time of the frame that is presented next. */
+function presented(media) {
+  return new Promise((resolve) => {
+    media.requestVideoFrameCallback((_, { mediaTime }) => resolve(mediaTime));
+  });
+}
+
+/** The frame that a video shows, as an image file. */
+async function grab(media, name, type) {
+  const canvas = new OffscreenCanvas(media.videoWidth, media.videoHeight);
+  canvas.getContext("2d").drawImage(media, 0, 0);
+  return { blob: await canvas.convertToBlob({ type, quality: 0.95 }), name };
+}
+
+/** A video file, one frame at a time. */
+export class Video {
+  /** Open a file in a `<video>` element; rejects where the browser cannot play it. */
+  static async open(file, media) {
+    const video = new Video();
+    video.media = media;
+    media.src = URL.createObjectURL(file);
+    await next(media, "loadeddata");
+    video.stem = file.name.replace(/\.[^.]*$/, "");
+    video.interval = await video.#measure();
+    video.length = Math.max(1, Math.round(media.duration / video.interval));
+    return video;
+  }
+
+  /** Seconds between frames, which browsers do not tell: the least seen in a moment of playing. */
+  async #measure() {
+    const over = next(this.media, "ended").then(() => Infinity);
+    const times = [];
+    this.media.playbackRate = 0.5;
+    await this.media.play();
+    while (times.length < 8 && !this.media.ended) {
+      times.push(await Promise.race([presented(this.media), over]));
+    }
+    this.media.pause();
+    const gaps = times.slice(1).map((time, i) => time - times[i]);
+    return Math.min(this.media.duration, ...gaps.filter((gap) => gap > 0));
+  }
+
+  /** Frame `index`, from 0, as a PNG. */
+  async frame(index) {
+    const sought = next(this.media, "seeked");
+    this.media.currentTime = (index + 0.5) * this.interval;
+    await sought;
+    return grab(this.media, `${this.stem}_${String(index).padStart(6, "0")}.png`, "image/png");
+  }
+
+  /** Let go of the file. */
+  close() {
+    URL.revokeObjectURL(this.media.src);
+    this.media.removeAttribute("src");
+    this.media.load();
+  }
+}
+
+/** The camera, live. */
+export class Camera {
+  /** Ask for the camera and show it in a `<video>` element; rejects where there is none. */
+  static async open(media) {
+    if (!navigator.mediaDevices) {
+      throw new Error("Browsers lend the camera to https:// and to localhost alone.");
+    }
+    const camera = new Camera();
+    camera.media = media;
+    const video = { width: { ideal: 640 }, facingMode: "environment" };
+    media.srcObject = await navigator.mediaDevices.getUserMedia({ video });
+    await media.play();
+    return camera;
+  }
+
+  /** Two frames in succession, of now; whatever came since the last pair is dropped. */
+  async pair() {
+    await presented(this.media);
+    const first = await grab(this.media, "camera_1.jpg", "image/jpeg");
+    await presented(this.media);
+    return [first, await grab(this.media, "camera_2.jpg", "image/jpeg")];
+  }
+
+  /** Switch the camera off. */
+  close() {
+    for (const track of this.media.srcObject.getTracks()) track.stop();
+    this.media.srcObject = null;
+  }
+}
