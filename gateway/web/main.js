@@ -33,7 +33,7 @@ function request() {
     image2: pair[1],
     size: chosen("size"),
     model: !model || model.default ? "" : model.name,
-    both: $("both").checked,
+    both: $("occluded").checked,
   };
 }
 
@@ -85,7 +85,6 @@ function display(result, rate) {
   const { width, height } = viewer.size;
   $("dimensions").textContent = `${width} × ${height}`;
   $("longest").textContent = `longest ${viewer.longest.toFixed(1)} px`;
-  $("occluded").disabled = !answer.occluded;
   showScale();
   showModel($("about"), model, answer.flow, rate);
   showStages({ bar: $("bar"), list: $("stages"), total: $("total") }, answer.stages);
@@ -335,6 +334,9 @@ function showOptions() {
 for (const control of all('#arrows, #occluded, #blend, input[name="second"]')) {
   control.addEventListener("input", showOptions);
 }
+$("occluded").addEventListener("change", ({ target }) => {
+  if (target.checked && !shown.answer.occluded && !live) run();
+});
 showOptions(); // a browser that reloads a page keeps what was set
 
 // The answer
