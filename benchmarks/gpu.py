@@ -21,15 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.correlation import Kernel, Missing, other_kernels
 from export.networks import NETWORKS, FlowNet2
-from plugins.test_cuda import (
-    Case,
-    Kernel,
-    Missing,
-    compile_kernels,
-    sampler,
-    spatial_correlation_sample,
-)
+from plugins.correlation_cases import Case
 
 SIZE = 512
 WARM_UP, ROUNDS = 5, 30
@@ -81,12 +75,10 @@ def ways(name: str, folder: Path, op_library: Path | None) -> Iterator[tuple[str
         return flow
 
     yield "eager fp32, correlation in standard operators", eager
-    if spatial_correlation_sample is not None:
-        with patch("export.networks.blocks.correlation", other_correlation):
-            yield "eager fp32, spatial-correlation-sampler's kernel", eager
-    ours = correlation_with(Kernel(compile_kernels(folder, capability())))
-    with patch("export.networks.blocks.correlation", ours):
-        yield "eager fp32, our kernel", eager
+    for other, correlation in other_kernels().items():
+        with patch("export.networks.blocks.correlation", correlation):
+            yield f"eager fp32, {other}", eager
+    with patch("export.networks.blocks.correlation", correlation_with(Kernel(folder))):
         model.half()
         yield "eager fp16, our kernel", eager
     if op_library:
@@ -97,27 +89,14 @@ def ways(name: str, folder: Path, op_library: Path | None) -> Iterator[tuple[str
             yield f"ONNX Runtime {'fp16' if half else 'fp32'}, our kernel", lambda: run(images)  # noqa: B023
 
 
-def capability() -> str:
-    """Of the GPU, as nvcc wants it: "90"."""
-    return "{}{}".format(*torch.cuda.get_device_capability())
-
-
 def correlation_with(kernel: Kernel) -> Callable[[Tensor, Tensor], Tensor]:
     """FlowNetC's correlation by the compiled kernel."""
 
     def correlation(a: Tensor, b: Tensor) -> Tensor:
-        case = Case("FlowNetC", tuple(a.shape))
-        volume = a.new_empty(case.output_shape)
-        kernel(case, a.contiguous(), b.contiguous(), volume)
-        return volume
+        n, c, height, width = a.shape
+        return kernel(Case("FlowNetC", (n, c, height, width)), a.contiguous(), b.contiguous())
 
     return correlation
-
-
-def other_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """The same by spatial-correlation-sampler, whose kernel is of the kind that the ports have."""
-    sums: Tensor = sampler(a, b)
-    return sums.flatten(1, 2) / a.shape[1]
 
 
 def onnx_runtime(

@@ -14,6 +14,8 @@ MAX_BATCH_SIZE = 8
 MINIMUM_SIDE = 16
 SIZE_MULTIPLE = 64
 """Images are resized to multiples of this inside the network: its encoders halve six times."""
+BATCH_EDGE = 576
+"""Largest height and width in a batch on a GPU (plugins/CMakeLists.txt reads this line)."""
 GRID = (512, 512)
 """Height and width of the flow that the HTTP API answers unless `size=native` is asked for."""
 

@@ -1,15 +1,17 @@
-// The correlation on CUDA: FlowNet's attributes by two tiled kernels, all others by a plain one.
+// The correlation on CUDA: FlowNet's attributes in half precision on the tensor cores, everything
+// else by a plain kernel.
 //
 // With kernel_size 1, stride1 1, stride2 2 and pad = max_displacement = 20, output (y, x) multiplies
 // a(y, x) with b at 21 even distances in y and 21 in x. So rows and columns fall into two parities
 // that never meet. Within one, for output row y and row r = y + dy of b, all products are the band
-// |j - i| <= 10 of the matrix sum_c a(c, y, i) b(c, r, j): the kernels compute bands, for some rows
-// y and some rows r at once, since neighbouring rows y read the same rows r.
+// |j - i| <= 10 of the matrix sum_c a(c, y, i) b(c, r, j). The kernel computes such bands, for
+// several rows y and several rows r in one tile, since neighbouring rows y read the same rows r.
 // SPDX-License-Identifier: GPL-3.0-or-later
 #include <cuda_fp16.h>
-#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #include <tensor_core.cuh>
+
+#include <type_traits>
 
 #include "correlation.h"
 
@@ -28,7 +30,7 @@ bool is_flownet(const CorrelationAttributes& attributes) {
 }
 
 template <class T>
-struct Images {
+struct FeatureMaps {
   const T* a;
   const T* b;
   T* out;
@@ -37,223 +39,79 @@ struct Images {
   int width;
 
   __device__ int64_t plane() const { return static_cast<int64_t>(height) * width; }
-  __device__ const T* item_of(const T* image, int64_t n) const {
-    return image + n * channels * plane();
-  }
-};
-
-// Where a block of a tiled kernel works: kRows output rows y, y + 2, ..., which all read rows
-// r = first_row, first_row + 2, ... (kShifts of them) of b, in kColumns columns from `column`.
-// Output row k and the s-th of these rows are displacement `shift + s - k` of 0..20 in y.
-struct Place {
-  int64_t item;
-  int row;
-  int shift;
-  int column;
-
-  __device__ int first_row() const { return row + (shift - kRadius) * kStride; }
-};
-
-template <int kRows, int kShifts, int kColumns>
-struct Tiling {
-  static constexpr int kReach = kDisplacements + kRows - 1;  // rows r that kRows rows y read
-  static constexpr int kParts = (kReach + kShifts - 1) / kShifts;
-
-  static int64_t blocks(const FeatureShape& shape) {
-    return shape.batch * row_groups(static_cast<int>(shape.height)) * kParts *
-           column_tiles(static_cast<int>(shape.width));
-  }
-
-  __device__ static Place place(int height, int width) {
-    int index = blockIdx.x;
-    Place place;
-    place.column = index % column_tiles(width) * kColumns;
-    index /= column_tiles(width);
-    place.shift = index % kParts * kShifts;
-    index /= kParts;
-    const int group = index % row_groups(height);
-    place.row = group / kStride * kStride * kRows + group % kStride;
-    place.item = index / row_groups(height);
-    return place;
-  }
-
- private:
-  __host__ __device__ static int row_groups(int height) {
-    return (height + kStride * kRows - 1) / (kStride * kRows) * kStride;
-  }
-  __host__ __device__ static int column_tiles(int width) {
-    return (width + kColumns - 1) / kColumns;
+  __device__ const T* item_of(const T* maps, int64_t n) const {
+    return maps + n * channels * plane();
   }
 };
 
 __device__ bool inside(int value, int size) { return value >= 0 && value < size; }
 
-// ---- float: register tiles on the FMA units -------------------------------------------------
+// ---- FlowNet's attributes, half precision: bands on the tensor cores ------------------------
 
-// A thread keeps 2 rows y x 4 columns of one parity x 21 displacements in x for one row r: 168 sums,
-// fed by 2 + 6 vector loads from shared memory a channel. A half-warp covers 64 columns.
-namespace fp32 {
-
-constexpr int kRows = 2;
-constexpr int kShifts = 8;
-constexpr int kColumns = 64;
-constexpr int kThreads = 128;
-constexpr int kChannels = 4;  // staged at a time
-constexpr int kOwn = 4;       // columns of a thread
-constexpr int kHalf = kColumns / 2;
-constexpr int kWindow = kHalf + 2 * kRadius;  // columns of b of one parity that a block reads
-using Tiles = Tiling<kRows, kShifts, kColumns>;
-
-struct Stage {
-  float a[kRows][kChannels][2][kHalf];
-  float b[kShifts][kChannels][2][kWindow];
-};
-
-// Starts copying channels [channel, channel + kChannels) of what the block reads; zeros outside.
-__device__ void stage(const Images<float>& images, const Place& place, int channel, Stage* to) {
-  const int64_t plane = images.plane();
-  const float* a = images.item_of(images.a, place.item) + channel * plane;
-  const float* b = images.item_of(images.b, place.item) + channel * plane;
-  {
-    const int column = threadIdx.x % kColumns, k = threadIdx.x / kColumns;
-    const int y = place.row + k * kStride, x = place.column + column;
-    const bool valid = y < images.height && x < images.width;
-    for (int c = 0; c < kChannels; ++c) {
-      const bool wanted = valid && channel + c < images.channels;
-      const float* from =
-          wanted ? a + c * plane + static_cast<int64_t>(y) * images.width + x : images.a;
-      __pipeline_memcpy_async(&to->a[k][c][column % 2][column / 2], from, sizeof(float),
-                              wanted ? 0 : sizeof(float));
-    }
-  }
-  const int column = threadIdx.x;
-  if (column < 2 * kWindow) {
-    const int x = place.column - kRadius * kStride + column;
-    for (int s = 0; s < kShifts; ++s) {
-      const int r = place.first_row() + s * kStride;
-      const bool valid = inside(r, images.height) && inside(x, images.width);
-      for (int c = 0; c < kChannels; ++c) {
-        const bool wanted = valid && channel + c < images.channels;
-        const float* from =
-            wanted ? b + c * plane + static_cast<int64_t>(r) * images.width + x : images.b;
-        __pipeline_memcpy_async(&to->b[s][c][column % 2][column / 2], from, sizeof(float),
-                                wanted ? 0 : sizeof(float));
-      }
-    }
-  }
-  __pipeline_commit();
-}
-
-__global__ void __launch_bounds__(kThreads, 2) correlate(Images<float> images) {
-  alignas(16) __shared__ Stage stages[2];
-  const Place place = Tiles::place(images.height, images.width);
-  const int s = threadIdx.x / 16;                 // which row r
-  const int parity = threadIdx.x / 8 % 2;         // 8 lanes side by side read 32 floats in a row
-  const int own = threadIdx.x % 8 * kOwn;         // first column, counted within the parity
-
-  float sums[kRows][kDisplacements][kOwn] = {};
-  const int last_row = place.first_row() + (kShifts - 1) * kStride;
-  const bool zero = last_row < 0 || place.first_row() >= images.height;
-  const int steps = zero ? 0 : (images.channels + kChannels - 1) / kChannels;
-  if (steps > 0) stage(images, place, 0, &stages[0]);
-  for (int step = 0; step < steps; ++step) {
-    const Stage& now = stages[step % 2];
-    if (step + 1 < steps) {
-      stage(images, place, (step + 1) * kChannels, &stages[(step + 1) % 2]);
-      __pipeline_wait_prior(1);
-    } else {
-      __pipeline_wait_prior(0);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int c = 0; c < kChannels; ++c) {
-      float a[kRows][kOwn], b[kDisplacements + kOwn - 1];
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        const float4 four = *reinterpret_cast<const float4*>(&now.a[k][c][parity][own]);
-        a[k][0] = four.x, a[k][1] = four.y, a[k][2] = four.z, a[k][3] = four.w;
-      }
-#pragma unroll
-      for (int j = 0; j < kDisplacements + kOwn - 1; j += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(&now.b[s][c][parity][own + j]);
-        b[j] = four.x, b[j + 1] = four.y, b[j + 2] = four.z, b[j + 3] = four.w;
-      }
-#pragma unroll
-      for (int k = 0; k < kRows; ++k)
-#pragma unroll
-        for (int o = 0; o < kDisplacements; ++o)
-#pragma unroll
-          for (int i = 0; i < kOwn; ++i) sums[k][o][i] += a[k][i] * b[o + i];
-    }
-    __syncthreads();
-  }
-
-  // The two parities of a group of columns swap halves, so that each thread has 4 neighbours.
-  const float scale = 1.0f / images.channels;
-  const int64_t plane = images.plane();
-  const int x = place.column + 2 * own + parity * kOwn;
-  const bool vector = images.width % 4 == 0;
-#pragma unroll
-  for (int k = 0; k < kRows; ++k) {
-    const int y = place.row + k * kStride;
-    const int p = place.shift + s - k;
-    const bool wanted = inside(p, kDisplacements) && y < images.height && x < images.width;
-    float* out = images.out +
-                 (place.item * kDisplacements * kDisplacements + p * kDisplacements) * plane +
-                 static_cast<int64_t>(y) * images.width + x;
-#pragma unroll
-    for (int o = 0; o < kDisplacements; ++o) {
-      const float* mine = sums[k][o];
-      const float first = __shfl_xor_sync(0xffffffffu, parity ? mine[0] : mine[2], 8) * scale;
-      const float second = __shfl_xor_sync(0xffffffffu, parity ? mine[1] : mine[3], 8) * scale;
-      const float third = (parity ? mine[2] : mine[0]) * scale;
-      const float fourth = (parity ? mine[3] : mine[1]) * scale;
-      const float4 four = parity ? make_float4(first, third, second, fourth)
-                                 : make_float4(third, first, fourth, second);
-      if (!wanted) continue;
-      float* to = out + o * plane;
-      if (vector) {
-        *reinterpret_cast<float4*>(to) = four;
-      } else {
-        to[0] = four.x;
-        if (x + 1 < images.width) to[1] = four.y;
-        if (x + 2 < images.width) to[2] = four.z;
-        if (x + 3 < images.width) to[3] = four.w;
-      }
-    }
-  }
-}
-
-}  // namespace fp32
-
-// ---- half: bands on the tensor cores ---------------------------------------------------------
-
-// A warp has one parity of 32 columns and one row r: for each of 4 rows y the 16 columns i of a
-// against 40 columns j of b. In eights of i, the band lies in 28 columns j: two tiles of 16 (j) x 8
-// (i), beginning at the same column as i counted from 12 columns before it. Sums are float.
-namespace fp16 {
-
+// A warp has one parity of 32 columns and one row r: for each of 4 rows y 16 columns i of a
+// against 40 columns j of b. For eight columns i the band lies in 28 columns j: two tensor-core
+// tiles of 16 (j) x 8 (i), beginning 12 columns before the first i. Sums are float.
 constexpr int kRows = 4;
 constexpr int kShifts = 4;
 constexpr int kColumns = 32;
 constexpr int kThreads = 256;
 constexpr int kChannels = 16;  // staged at a time: one step of the tensor cores
 constexpr int kOwn = 16;       // columns i of a warp
-constexpr int kReach = 40;     // columns j that they meet
-constexpr int kMargin = 12;    // of which so many come before the first i
-constexpr int kEights = kReach / 8;
-constexpr int kVector = 8;  // halves to a 16-byte load
+constexpr int kColumnsB = 40;  // columns j that they meet
+constexpr int kMargin = 12;    // that many of them come before the first i
+constexpr int kEights = kColumnsB / 8;
+constexpr int kVector = 8;  // halves in a 16-byte load
 constexpr int kVectorsA = kColumns / kVector;
-constexpr int kVectorsB = 2 * kReach / kVector;
+constexpr int kVectorsB = 2 * kColumnsB / kVector;
 // Rows of shared memory: eight of them begin in different banks.
 constexpr int kPitchA = kOwn + 8;
-constexpr int kPitchB = kReach;
-constexpr int kPitchSums = kReach + 4;
+constexpr int kPitchB = kColumnsB;
+constexpr int kPitchSums = kColumnsB + 4;
 constexpr int kSlots = kThreads / kChannels;  // threads that stage one channel
 constexpr int kPerThreadB = (kShifts * kVectorsB + kSlots - 1) / kSlots;
-using Tiles = Tiling<kRows, kShifts, kColumns>;
 static_assert(kSlots == kRows * kVectorsA, "each thread stages one vector of a");
 static_assert(kThreads == 32 * kShifts * 2, "a warp for each row r and parity");
+
+// The part of the output that one block computes: kRows rows y, y + 2, ..., which all read rows
+// r = first_row, first_row + 2, ... (kShifts of them) of b, in kColumns columns from `column`.
+// Output row k and the s-th of these rows are displacement `shift + s - k` of 0..20 in y.
+struct Tile {
+  static constexpr int kReach = kDisplacements + kRows - 1;  // rows r that kRows rows y read
+  static constexpr int kParts = (kReach + kShifts - 1) / kShifts;
+
+  int64_t item;
+  int row;
+  int shift;
+  int column;
+
+  // How many tiles cover the output.
+  static int64_t count(const FeatureShape& shape) {
+    return shape.batch * row_groups(static_cast<int>(shape.height)) * kParts *
+           columns_of_tiles(static_cast<int>(shape.width));
+  }
+
+  // The tile of this block.
+  __device__ Tile(int height, int width) {
+    int index = blockIdx.x;
+    column = index % columns_of_tiles(width) * kColumns;
+    index /= columns_of_tiles(width);
+    shift = index % kParts * kShifts;
+    index /= kParts;
+    const int group = index % row_groups(height);
+    row = group / kStride * kStride * kRows + group % kStride;
+    item = index / row_groups(height);
+  }
+
+  __device__ int first_row() const { return row + (shift - kRadius) * kStride; }
+
+ private:
+  __host__ __device__ static int row_groups(int height) {
+    return (height + kStride * kRows - 1) / (kStride * kRows) * kStride;
+  }
+  __host__ __device__ static int columns_of_tiles(int width) {
+    return (width + kColumns - 1) / kColumns;
+  }
+};
 
 struct Stage {
   __half a[kRows][2][kChannels][kPitchA];
@@ -273,32 +131,32 @@ __device__ void split(uint4 vector, __half* even, __half* odd) {
                                               __byte_perm(vector.z, vector.w, 0x7632));
 }
 
-// What one thread stages: of one channel, a vector of a and up to kPerThreadB of b. The loads run
-// one stage ahead of the stores.
+// Copies a tile's inputs to shared memory: of one channel, each thread a vector of a and up to
+// kPerThreadB of b. The loads run one stage ahead of the stores.
 template <bool kAligned>
-class Share {
+class TileLoader {
  public:
-  __device__ Share(const Images<__half>& images, const Place& place)
-      : images_(images),
-        column_(place.column),
-        channels_left_(images.channels - channel()),
-        plane_((place.item * images.channels + channel()) * images.plane()) {
-    offset_a_ = offset(place.row + slot() / kVectorsA * kStride, column_a());
+  __device__ TileLoader(const FeatureMaps<__half>& maps, const Tile& tile)
+      : maps_(maps),
+        column_(tile.column),
+        channels_left_(maps.channels - channel()),
+        plane_((tile.item * maps.channels + channel()) * maps.plane()) {
+    offset_a_ = offset(tile.row + slot() / kVectorsA * kStride, column_a());
 #pragma unroll
     for (int i = 0; i < kPerThreadB; ++i) {
-      const int r = place.first_row() + index_b(i) / kVectorsB * kStride;
+      const int r = tile.first_row() + index_b(i) / kVectorsB * kStride;
       offset_b_[i] = has(i) ? offset(r, column_b(i)) : kOutside;
     }
   }
 
   // Loads the next kChannels channels.
   __device__ void load() {
-    vector_a_ = fetch(images_.a, offset_a_, column_a());
+    vector_a_ = fetch(maps_.a, offset_a_, column_a());
 #pragma unroll
     for (int i = 0; i < kPerThreadB; ++i)
-      vector_b_[i] = fetch(images_.b, offset_b_[i], column_b(i));
+      vector_b_[i] = fetch(maps_.b, offset_b_[i], column_b(i));
     channels_left_ -= kChannels;
-    plane_ += kChannels * images_.plane();
+    plane_ += kChannels * maps_.plane();
   }
 
   // Stores what was loaded last.
@@ -326,28 +184,28 @@ class Share {
 
   // Where column x of row y is in a channel, or kOutside.
   __device__ int offset(int y, int x) const {
-    const bool valid = inside(y, images_.height) && (!kAligned || inside(x, images_.width));
-    return valid ? y * images_.width + x : kOutside;
+    const bool valid = inside(y, maps_.height) && (!kAligned || inside(x, maps_.width));
+    return valid ? y * maps_.width + x : kOutside;
   }
 
   // Eight halves from column x on; zeros outside. Aligned, they are all inside or all outside.
-  __device__ uint4 fetch(const __half* image, int offset, int x) const {
+  __device__ uint4 fetch(const __half* map, int offset, int x) const {
     uint4 vector = make_uint4(0, 0, 0, 0);
     if (offset == kOutside || channels_left_ <= 0) return vector;
-    const __half* from = image + plane_ + offset;
+    const __half* from = map + plane_ + offset;
     if constexpr (kAligned) {
       vector = *reinterpret_cast<const uint4*>(from);
     } else {
       __half halves[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        halves[i] = inside(x + i, images_.width) ? from[i] : __float2half_rn(0);
+        halves[i] = inside(x + i, maps_.width) ? from[i] : __float2half_rn(0);
       memcpy(&vector, halves, sizeof(vector));
     }
     return vector;
   }
 
-  const Images<__half>& images_;  // a kernel's parameter: no registers
+  const FeatureMaps<__half>& maps_;  // a kernel's parameter: no registers
   int column_;
   int channels_left_;
   int64_t plane_;  // where this thread's channel begins
@@ -359,26 +217,26 @@ class Share {
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
-    correlate(Images<__half> images) {
+    correlate_flownet(FeatureMaps<__half> maps) {
   alignas(16) __shared__ Shared shared;
-  const Place place = Tiles::place(images.height, images.width);
+  const Tile tile(maps.height, maps.width);
   const int s = threadIdx.x / 64, parity = threadIdx.x / 32 % 2, lane = threadIdx.x % 32;
   const int row = lane % 8, matrix = lane / 8;
 
-  float sums[kRows][2][2][4] = {};  // row y, eight columns i, tile of j, elements of a lane
-  const int last_row = place.first_row() + (kShifts - 1) * kStride;
-  const bool zero = last_row < 0 || place.first_row() >= images.height;
-  const int steps = zero ? 0 : (images.channels + kChannels - 1) / kChannels;
-  Share<kAligned> share(images, place);
+  float sums[kRows][2][2][4] = {};  // row y, eight columns i, 16 columns j, a lane's elements
+  const int last_row = tile.first_row() + (kShifts - 1) * kStride;
+  const bool zero = last_row < 0 || tile.first_row() >= maps.height;
+  const int steps = zero ? 0 : (maps.channels + kChannels - 1) / kChannels;
+  TileLoader<kAligned> loader(maps, tile);
   if (steps > 0) {
-    share.load();
-    share.store(&shared.stages[0]);
+    loader.load();
+    loader.store(&shared.stages[0]);
   }
   __syncthreads();
   for (int step = 0; step < steps; ++step) {
     const Stage& now = shared.stages[step % 2];
     const bool more = step + 1 < steps;
-    if (more) share.load();
+    if (more) loader.load();
 
     // Eights of columns j, each for channels 0..7 and 8..15.
     uint32_t b[kEights][2];
@@ -399,59 +257,57 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
       for (int t = 0; t < 2; ++t) {
         const uint32_t columns[2] = {a[2 * t], a[2 * t + 1]};
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          const int first = t + 2 * tile;
+        for (int part = 0; part < 2; ++part) {
+          const int first = t + 2 * part;
           const uint32_t products[4] = {b[first][0], b[first + 1][0], b[first][1],
                                         b[first + 1][1]};
-          multiply_add(products, columns, sums[k][t][tile]);
+          multiply_add(products, columns, sums[k][t][part]);
         }
       }
     }
-    if (more) share.store(&shared.stages[(step + 1) % 2]);
+    if (more) loader.store(&shared.stages[(step + 1) % 2]);
     __syncthreads();
   }
 
-  const float scale = 1.0f / images.channels;
-  const int64_t plane = images.plane();
+  const float scale = 1.0f / maps.channels;
+  const int64_t plane = maps.plane();
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile)
+      for (int part = 0; part < 2; ++part)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int i = 8 * t + lane % 4 * 2 + e % 2;
-          const int j = 8 * t + 16 * tile + lane / 4 + e / 2 * 8;
-          shared.sums[s][parity][i][j] = sums[k][t][tile][e];
+          const int j = 8 * t + 16 * part + lane / 4 + e / 2 * 8;
+          shared.sums[s][parity][i][j] = sums[k][t][part][e];
         }
     __syncthreads();
-    const int y = place.row + k * kStride;
+    const int y = tile.row + k * kStride;
     for (int index = threadIdx.x; index < kShifts * kDisplacements * kOwn; index += kThreads) {
       const int i = index % kOwn, o = index / kOwn % kDisplacements;
       const int from = index / (kOwn * kDisplacements);
-      const int p = place.shift + from - k, x = place.column + 2 * i;
-      if (!inside(p, kDisplacements) || y >= images.height || x >= images.width) continue;
+      const int p = tile.shift + from - k, x = tile.column + 2 * i;
+      if (!inside(p, kDisplacements) || y >= maps.height || x >= maps.width) continue;
       const int j = i + o + kMargin - kRadius;
       const __half2 two = __floats2half2_rn(shared.sums[from][0][i][j] * scale,
                                             shared.sums[from][1][i][j] * scale);
-      __half* to = images.out +
-                   (place.item * kDisplacements * kDisplacements + p * kDisplacements + o) * plane +
-                   static_cast<int64_t>(y) * images.width + x;
-      if (images.width % 2 == 0) {
+      __half* to = maps.out +
+                   (tile.item * kDisplacements * kDisplacements + p * kDisplacements + o) * plane +
+                   static_cast<int64_t>(y) * maps.width + x;
+      if (maps.width % 2 == 0) {
         *reinterpret_cast<__half2*>(to) = two;
       } else {
         to[0] = __low2half(two);
-        if (x + 1 < images.width) to[1] = __high2half(two);
+        if (x + 1 < maps.width) to[1] = __high2half(two);
       }
     }
     __syncthreads();
   }
 }
 
-}  // namespace fp16
-
-// ---- any attributes: a thread for each output ----------------------------------------------
+// ---- any attributes, either type: a thread for each output ----------------------------------------------
 
 __device__ float to_float(float value) { return value; }
 __device__ float to_float(__half value) { return __half2float(value); }
@@ -462,7 +318,7 @@ constexpr int kAnyThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kAnyThreads)
-    correlate_any(Images<T> images, CorrelationAttributes attributes, int radius, int height,
+    correlate_any(FeatureMaps<T> maps, CorrelationAttributes attributes, int radius, int height,
                   int width, int64_t count) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kAnyThreads + threadIdx.x;
   if (index >= count) return;
@@ -475,24 +331,24 @@ __global__ void __launch_bounds__(kAnyThreads)
       (static_cast<int>(channel / displacements % displacements) - radius) * attributes.stride2;
   const int64_t item = channel / displacements / displacements;
 
-  const int64_t plane = images.plane();
+  const int64_t plane = maps.plane();
   const int border = attributes.max_displacement - attributes.pad;
   float sum = 0;
   for (int j = 0; j < attributes.kernel_size; ++j) {
     for (int i = 0; i < attributes.kernel_size; ++i) {
       const int ya = y * attributes.stride1 + border + j, xa = x * attributes.stride1 + border + i;
-      if (!inside(ya, images.height) || !inside(xa, images.width) ||
-          !inside(ya + dy, images.height) || !inside(xa + dx, images.width))
+      if (!inside(ya, maps.height) || !inside(xa, maps.width) ||
+          !inside(ya + dy, maps.height) || !inside(xa + dx, maps.width))
         continue;
-      const T* a = images.item_of(images.a, item) + static_cast<int64_t>(ya) * images.width + xa;
-      const T* b = images.item_of(images.b, item) +
-                   static_cast<int64_t>(ya + dy) * images.width + xa + dx;
-      for (int c = 0; c < images.channels; ++c, a += plane, b += plane)
+      const T* a = maps.item_of(maps.a, item) + static_cast<int64_t>(ya) * maps.width + xa;
+      const T* b = maps.item_of(maps.b, item) +
+                   static_cast<int64_t>(ya + dy) * maps.width + xa + dx;
+      for (int c = 0; c < maps.channels; ++c, a += plane, b += plane)
         sum += to_float(*a) * to_float(*b);
     }
   }
   const float kernel = attributes.kernel_size;
-  from_float(sum / (kernel * kernel * images.channels), images.out + index);
+  from_float(sum / (kernel * kernel * maps.channels), maps.out + index);
 }
 
 // ---- launching --------------------------------------------------------------------------------
@@ -511,34 +367,31 @@ CorrelationStatus launch(void (*kernel)(Parameters...), int64_t blocks, int thre
   return CorrelationStatus::kLaunchFailed;
 }
 
-CorrelationStatus launch_flownet(const FeatureShape& shape, const Images<float>& images,
+CorrelationStatus launch_flownet(const FeatureShape& shape, const FeatureMaps<__half>& maps,
                                  cudaStream_t stream) {
-  return launch(fp32::correlate, fp32::Tiles::blocks(shape), fp32::kThreads, stream, images);
-}
-
-CorrelationStatus launch_flownet(const FeatureShape& shape, const Images<__half>& images,
-                                 cudaStream_t stream) {
-  const bool aligned = shape.width % fp16::kVector == 0;
-  return launch(aligned ? fp16::correlate<true> : fp16::correlate<false>,
-                fp16::Tiles::blocks(shape), fp16::kThreads, stream, images);
+  const bool aligned = shape.width % kVector == 0;
+  return launch(aligned ? correlate_flownet<true> : correlate_flownet<false>, Tile::count(shape),
+                kThreads, stream, maps);
 }
 
 template <class T>
 CorrelationStatus run(const CorrelationAttributes& attributes, const FeatureShape& shape,
                       const FeatureShape& output, const void* a, const void* b, void* out,
                       cudaStream_t stream) {
-  const Images<T> images = {static_cast<const T*>(a),
-                            static_cast<const T*>(b),
-                            static_cast<T*>(out),
-                            static_cast<int>(shape.channels),
-                            static_cast<int>(shape.height),
-                            static_cast<int>(shape.width)};
-  // The tiled kernels index within a channel by int.
-  if (is_flownet(attributes) && shape.height * shape.width <= INT32_MAX)
-    return launch_flownet(shape, images, stream);
+  const FeatureMaps<T> maps = {static_cast<const T*>(a),
+                               static_cast<const T*>(b),
+                               static_cast<T*>(out),
+                               static_cast<int>(shape.channels),
+                               static_cast<int>(shape.height),
+                               static_cast<int>(shape.width)};
+  if constexpr (std::is_same_v<T, __half>) {
+    // That kernel indexes within a channel by int.
+    if (is_flownet(attributes) && shape.height * shape.width <= INT32_MAX)
+      return launch_flownet(shape, maps, stream);
+  }
   const int64_t count = output.batch * output.channels * output.height * output.width;
   return launch(correlate_any<T>, (count + kAnyThreads - 1) / kAnyThreads, kAnyThreads, stream,
-                images, attributes, attributes.radius(), static_cast<int>(output.height),
+                maps, attributes, attributes.radius(), static_cast<int>(output.height),
                 static_cast<int>(output.width), count);
 }
 

@@ -4,7 +4,6 @@
 // Nothing here throws. SPDX-License-Identifier: GPL-3.0-or-later
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 struct CUstream_st;  // what CUDA's cudaStream_t points to
@@ -68,20 +67,9 @@ CorrelationStatus correlation_cuda(const CorrelationAttributes& attributes,
                                    const FeatureShape& input, ElementType type, const void* a,
                                    const void* b, void* out, CUstream_st* stream);
 
-// Runs task(context, 0) ... task(context, count - 1), in any order, on threads that the caller owns.
-struct ParallelFor {
-  void (*run)(void* pool, void (*task)(void* context, size_t index), size_t count, void* context);
-  void* pool;
-};
-
-// Bytes that correlation_cpu wants as workspace, for a call that output_shape accepts.
-size_t correlation_cpu_workspace(const CorrelationAttributes& attributes,
-                                 const FeatureShape& input);
-
-// CPU: dense NCHW; the workspace is aligned to at least 16 bytes.
+// CPU: plain loops, for tests.
 CorrelationStatus correlation_cpu(const CorrelationAttributes& attributes,
-                                  const FeatureShape& input, ElementType type, const void* a,
-                                  const void* b, void* out, void* workspace,
-                                  const ParallelFor& parallel);
+                                  const FeatureShape& input, const float* a, const float* b,
+                                  float* out);
 
 }  // namespace flownet2

@@ -1,4 +1,4 @@
-// correlation_cuda with a C name, for the programs that load it with ctypes: test_cuda.py and the
+// correlation_cuda with a C name, for what loads it with ctypes: benchmarks/correlation.py and the
 // tests. Not part of the plugins. SPDX-License-Identifier: GPL-3.0-or-later
 #include "correlation.h"
 

@@ -1,5 +1,5 @@
-// ONNX Runtime's side of the correlation: the custom op flownet2::Correlation, for the CPU and,
-// where the build had CUDA, for the GPU; each for float and half.
+// ONNX Runtime's side of the correlation: the custom op flownet2::Correlation, for the GPU in float
+// and half where the build had CUDA, and for the CPU in float.
 //
 // Nothing throws: every failure goes back to ONNX Runtime as a status. The library does not link
 // ONNX Runtime; the session that loads it hands the API over.
@@ -42,7 +42,6 @@ struct Call {
   const void* a = nullptr;
   const void* b = nullptr;
   void* out = nullptr;
-  bool empty = false;
 };
 
 OrtStatus* read_call(const OrtApi& api, const flownet2::CorrelationAttributes& attributes,
@@ -74,54 +73,19 @@ OrtStatus* read_call(const OrtApi& api, const flownet2::CorrelationAttributes& a
   call->input = a;
   call->a = data[0];
   call->b = data[1];
-  call->empty = output.batch == 0;
   return api.GetTensorMutableData(result, &call->out);
 }
 
-// ONNX Runtime's own threads (the session's intra-op pool), for as long as one call lasts.
-struct Pool {
-  const OrtApi* api;
-  OrtKernelContext* context;
-  OrtStatus* failure = nullptr;
-
-  static void run(void* pool, void (*task)(void*, size_t), size_t count, void* context) {
-    Pool& self = *static_cast<Pool*>(pool);
-    if (self.failure != nullptr) return;
-    self.failure = self.api->KernelContext_ParallelFor(self.context, task, count, 0, context);
-  }
-};
-
-template <flownet2::ElementType type>
 struct CpuKernel {
   const OrtApi& api;
   flownet2::CorrelationAttributes attributes;
-  OrtAllocator* allocator;  // of the session: its arena keeps the workspace between calls
-
-  ~CpuKernel() { api.ReleaseAllocator(allocator); }
-
-  static OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info,
-                           const flownet2::CorrelationAttributes& attributes, void** kernel) {
-    OrtAllocator* allocator = nullptr;
-    if (OrtStatus* status = api.KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator))
-      return status;
-    *kernel = new (std::nothrow) CpuKernel{api, attributes, allocator};
-    return nullptr;
-  }
 
   OrtStatus* ComputeV2(OrtKernelContext* context) noexcept {
     Call call;
     if (OrtStatus* status = read_call(api, attributes, context, &call)) return status;
-    if (call.empty) return nullptr;
-    const size_t size = flownet2::correlation_cpu_workspace(attributes, call.input);
-    void* workspace = allocator->Alloc(allocator, size);
-    if (workspace == nullptr)
-      return api.CreateStatus(ORT_FAIL, "Correlation: no memory for the packed images");
-    Pool pool{&api, context};
-    const CorrelationStatus status =
-        flownet2::correlation_cpu(attributes, call.input, type, call.a, call.b, call.out,
-                                  workspace, {&Pool::run, &pool});
-    allocator->Free(allocator, workspace);
-    return pool.failure != nullptr ? pool.failure : refusal(api, status);
+    return refusal(api, flownet2::correlation_cpu(
+                            attributes, call.input, static_cast<const float*>(call.a),
+                            static_cast<const float*>(call.b), static_cast<float*>(call.out)));
   }
 };
 
@@ -130,12 +94,6 @@ template <flownet2::ElementType type>
 struct CudaKernel {
   const OrtApi& api;
   flownet2::CorrelationAttributes attributes;
-
-  static OrtStatus* create(const OrtApi& api, const OrtKernelInfo*,
-                           const flownet2::CorrelationAttributes& attributes, void** kernel) {
-    *kernel = new (std::nothrow) CudaKernel{api, attributes};
-    return nullptr;
-  }
 
   OrtStatus* ComputeV2(OrtKernelContext* context) noexcept {
     Call call;
@@ -173,7 +131,7 @@ struct CorrelationOp : Ort::CustomOpBase<CorrelationOp<Kernel, type>, Kernel, tr
       flownet2::set_attribute(&attributes, name, value);
     }
     if (OrtStatus* status = refusal(api, flownet2::check_attributes(attributes))) return status;
-    if (OrtStatus* status = Kernel::create(api, info, attributes, kernel)) return status;
+    *kernel = new (std::nothrow) Kernel{api, attributes};
     return *kernel != nullptr ? nullptr : api.CreateStatus(ORT_FAIL, "Correlation: no memory");
   }
 };
@@ -183,18 +141,15 @@ struct CorrelationOp : Ort::CustomOpBase<CorrelationOp<Kernel, type>, Kernel, tr
 extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL
 RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using flownet2::ElementType;
-  static const CorrelationOp<CpuKernel<ElementType::kFloat32>, ElementType::kFloat32> cpu_float(
-      "CPUExecutionProvider");
-  static const CorrelationOp<CpuKernel<ElementType::kFloat16>, ElementType::kFloat16> cpu_half(
-      "CPUExecutionProvider");
+  static const CorrelationOp<CpuKernel, ElementType::kFloat32> cpu("CPUExecutionProvider");
 #ifdef FLOWNET2_CUDA
   static const CorrelationOp<CudaKernel<ElementType::kFloat32>, ElementType::kFloat32> cuda_float(
       "CUDAExecutionProvider");
   static const CorrelationOp<CudaKernel<ElementType::kFloat16>, ElementType::kFloat16> cuda_half(
       "CUDAExecutionProvider");
-  static const OrtCustomOp* const ops[] = {&cpu_float, &cpu_half, &cuda_float, &cuda_half};
+  static const OrtCustomOp* const ops[] = {&cpu, &cuda_float, &cuda_half};
 #else
-  static const OrtCustomOp* const ops[] = {&cpu_float, &cpu_half};
+  static const OrtCustomOp* const ops[] = {&cpu};
 #endif
 
   // Null where the runtime is older than the headers; there is no API then to say so with.

@@ -2,7 +2,7 @@
 //
 // One class is core, build and runtime of an IPluginV3. Every method that TensorRT calls reports
 // failure by its return value and says why through TensorRT's logger; nothing throws.
-// Builds with TensorRT 10 and 11. SPDX-License-Identifier: GPL-3.0-or-later
+// SPDX-License-Identifier: GPL-3.0-or-later
 #include <NvInferRuntime.h>
 
 #include <atomic>

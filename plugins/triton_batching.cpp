@@ -25,11 +25,13 @@ TRITONSERVER_Error* TRITONBACKEND_InputProperties(TRITONBACKEND_Input* input, co
 
 namespace {
 
-// Largest height and width in a batch; export/tensorrt.py builds every engine for at least these.
-constexpr int64_t kLargestEdge = 576;
+// Largest height and width in a batch: the first profile of every engine ends there.
+constexpr int64_t kLargestEdge = FLOWNET2_BATCH_EDGE;
 
 // Whether the batch that is being formed has nothing in it yet. One thread forms all batches of a
-// model. Triton offers requests to a batch after its end too, while the batch waits for the GPU.
+// model, one after the other: the configuration's queue limits see to that, since Triton prefetches
+// batches only for queues without limits and timeouts. Triton offers requests to a batch after its
+// end too, while the batch waits for the GPU.
 thread_local bool empty = true;
 
 TRITONSERVER_Error* is_small(TRITONBACKEND_Request* request, bool* small) {

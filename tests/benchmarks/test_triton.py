@@ -2,6 +2,7 @@
 
 import base64
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 from tritonclient import grpc
 
+from benchmarks import correlation as correlation_benchmark
 from benchmarks import gpu, perf_analyzer, report, samples, web
 from export.networks.operators import correlation
 from launch import triton
 from launch.ports import free_ports
-from tests.support.correlation_cases import Case, brute_force
+from plugins.correlation_cases import Case, brute_force
 
 
 @pytest.fixture
@@ -127,17 +129,18 @@ def test_milliseconds(seconds: float, text: str) -> None:
 
 
 def test_the_gpu_benchmark_gives_the_kernel_what_the_network_means() -> None:
-    def kernel(case: Case, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(torch.from_numpy(brute_force(case, a.numpy(), b.numpy())))
+    def kernel(case: Case, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(brute_force(case, a.numpy(), b.numpy())).to(a)
 
     a, b = torch.randn(2, 1, 4, 6, 9)
     torch.testing.assert_close(gpu.correlation_with(kernel)(a, b), correlation(a, b))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_benchmark_says_what_it_lacks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("benchmark", [gpu, correlation_benchmark])
+def test_the_gpu_benchmarks_say_what_they_lack(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    assert gpu.main() == 2
-    assert capsys.readouterr().err == "benchmarks.gpu: no GPU that PyTorch can use\n"
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    assert benchmark.main() == 2
+    assert "no GPU that PyTorch can use\n" in capsys.readouterr().err

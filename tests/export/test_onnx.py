@@ -14,14 +14,14 @@ from scipy.ndimage import gaussian_filter
 from export.graph import OPSET, correlation_function, export_onnx
 from export.networks import NETWORKS
 from export.weights import load_weights
-from tests.support.caffe_reference import make_blobs, write_h5
-from tests.support.correlation_cases import (
+from plugins.correlation_cases import (
     FLOWNET_CASES,
     GENERAL_CASES,
     Case,
     brute_force,
     tolerance,
 )
+from tests.support.caffe_reference import make_blobs, write_h5
 from tests.support.correlation_model import one_node_model
 from tests.support.exported import Exported
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from export.networks import operators
+from plugins.correlation_cases import CASES, Case, brute_force
 from tests.support.caffe_reference import resize, warp
-from tests.support.correlation_cases import CASES, Case, brute_force
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

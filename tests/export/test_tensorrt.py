@@ -22,7 +22,7 @@ from export import tensorrt
 from export.graph import correlation_function, export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import MAX_BATCH_SIZE, USUAL_SIZE
-from tests.support.correlation_cases import FLOWNET_CASES
+from plugins.correlation_cases import FLOWNET_CASES
 from tests.support.correlation_model import one_node_model
 from tests.support.exported import Exported
 

@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as client
 
-from export import tensorrt
+from flownet2.contract import BATCH_EDGE
 from launch import triton
 from tests.support.gateway_stack import write_model
-from tests.support.plugins_build import PLUGINS, needs, run
-
-EDGE = tensorrt.SMALLEST_BATCH_EDGE
+from tests.support.plugins_build import library
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs("c++")
-    file = tmp_path_factory.mktemp("batching") / "batchstrategy.so"
-    run(
-        *("c++", "-std=gnu++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"),
-        *(PLUGINS / "triton_batching.cpp", "-o", file),
-    )
-    return file
-
-
-@pytest.fixture(scope="module")
-def address(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     repository = tmp_path_factory.mktemp("repository")
     for name in ("with", "without"):
         write_model(repository, name, delay_s=0.3)
         config = repository / name / "config.pbtxt"
         delay = "dynamic_batching { max_queue_delay_microseconds: 1000"  # as the configurations'
         config.write_text(config.read_text().replace("dynamic_batching {", delay))
-    (repository / "with" / "1" / "batchstrategy.so").symlink_to(library)
+    strategy = repository / "with" / "1" / "batchstrategy.so"
+    strategy.symlink_to(library("libflownet2_batching.so"))
     with triton.serve(repository) as server:
         yield server.address.grpc
 
@@ -62,8 +49,14 @@ def executions(address: str, model: str, height: int, width: int) -> int:
                 tensor.set_data_from_numpy(images)
 
             async def count() -> int:
-                statistics = await server.get_inference_statistics(model)
-                return int(statistics.model_stats[0].execution_count)
+                """Once it stands: Triton counts after it answers."""
+                counts = [-1]
+                while True:
+                    statistics = await server.get_inference_statistics(model)
+                    counts.append(int(statistics.model_stats[0].execution_count))
+                    if counts[-1] == counts[-2]:
+                        return counts[-1]
+                    await asyncio.sleep(0.3)
 
             before = await count()
             first = asyncio.create_task(server.infer(model, inputs))
@@ -78,10 +71,10 @@ def executions(address: str, model: str, height: int, width: int) -> int:
 
 def test_small_images_share_batches(address: str) -> None:
     assert executions(address, "with", 512, 512) < 8
-    assert executions(address, "with", EDGE, EDGE) < 8
+    assert executions(address, "with", BATCH_EDGE, BATCH_EDGE) < 8
 
 
-@pytest.mark.parametrize("size", [(EDGE + 1, 16), (16, EDGE + 1), (720, 1280)])
+@pytest.mark.parametrize("size", [(BATCH_EDGE + 1, 16), (16, BATCH_EDGE + 1), (720, 1280)])
 def test_large_images_are_computed_one_by_one(address: str, size: tuple[int, int]) -> None:
     assert executions(address, "with", *size) == 8
     assert executions(address, "without", *size) < 8, "Triton alone batches them"

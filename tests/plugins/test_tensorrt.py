@@ -7,7 +7,6 @@ TensorRT 11's interfaces and needs no GPU (nor runs a plugin: that needs TensorR
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.correlation_cases import CASES, REFUSED_CASES, Case
+from plugins.correlation_cases import CASES, REFUSED_CASES, Case
 from tests.support.correlation_model import one_node_model
-from tests.support.plugins_build import PLUGINS, needs, run
+from tests.support.plugins_build import PLUGINS, library, needs, run, tensorrt_rtx
 
 SUPPORT = Path(__file__).parents[1] / "support"
 # Loads TensorRT for all, as a server does that links it, then the plugin in the way of argv[2].
@@ -61,30 +60,20 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    needs("cmake", "c++", "nvcc")
-    headers = os.environ.get("TENSORRT_INCLUDE_DIR")
-    if not headers:
-        pytest.skip("TENSORRT_INCLUDE_DIR does not name TensorRT's headers")
-    package = importlib.util.find_spec("tensorrt_rtx_libs")
-    if package is None or not package.submodule_search_locations:
+    plugin = library("libflownet2_tensorrt.so")
+    tensorrt = tensorrt_rtx()
+    if tensorrt is None:
         pytest.skip("tensorrt-rtx is not installed")
-    (tensorrt,) = Path(package.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*")
     folder = tmp_path_factory.mktemp("tensorrt")
-    run(
-        *("cmake", "-S", PLUGINS, "-B", folder, "-DCMAKE_CUDA_ARCHITECTURES=90"),
-        *(f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DTENSORRT_LIBRARY={tensorrt}"),
-    )
-    run("cmake", "--build", folder, "--target", "flownet2_tensorrt", "--parallel", "2")
-    plugin = folder / "libflownet2_tensorrt.so"
     harness = folder / "harness"
     # nvcc finds CUDA's headers, which TensorRT's need.
     run(
-        *("nvcc", "-std=c++17", "-I", headers, "-I", PLUGINS, "-c"),
+        *("nvcc", "-std=c++17", "-I", os.environ["TENSORRT_INCLUDE_DIR"], "-I", PLUGINS, "-c"),
         *(SUPPORT / "tensorrt_harness.cpp", "-o", folder / "harness.o"),
     )
     run(
         *("c++", folder / "harness.o", "-o", harness, "-Wl,--no-as-needed", plugin, tensorrt),
-        *(f"-Wl,-rpath,{folder}", f"-Wl,-rpath,{tensorrt.parent}"),
+        *(f"-Wl,-rpath,{plugin.parent}", f"-Wl,-rpath,{tensorrt.parent}"),
     )
     return Built(plugin, harness, tensorrt)
 

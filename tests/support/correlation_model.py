@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from tests.support.correlation_cases import Case
+from plugins.correlation_cases import Case
 
 DOMAIN = "flownet2"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,16 +34,34 @@ def run(*command: str | Path) -> str:
 
 @functools.cache
 def build() -> Path:
-    """The build folder, with every library that this machine has compilers and headers for."""
+    """The build folder, with every library that this machine has compilers and headers for.
+
+    `ptxas.log` beside them says what the CUDA kernels need of a multiprocessor. TensorRT's headers
+    come with NVIDIA's container or its public repository: TENSORRT_INCLUDE_DIR names their folder.
+    """
     needs("cmake", "c++")
-    run("cmake", "-S", PLUGINS, "-B", BUILD)
-    run("cmake", "--build", BUILD, "--parallel", "2")
+    options = ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v"]
+    if (headers := os.environ.get("TENSORRT_INCLUDE_DIR")) and (library := tensorrt_rtx()):
+        options += [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DTENSORRT_LIBRARY={library}"]
+    run("cmake", "-S", PLUGINS, "-B", BUILD, *options)
+    log = run("cmake", "--build", BUILD, "--parallel", "2")
+    if "ptxas info" in log:  # not where the kernels were built before
+        (BUILD / "ptxas.log").write_text(log)
     return BUILD
 
 
-def onnxruntime_library() -> Path:
-    """libflownet2_onnxruntime.so; skips where ONNX Runtime's headers are missing."""
-    library = build() / "libflownet2_onnxruntime.so"
-    if not library.exists():
-        pytest.skip("no onnxruntime_cxx_api.h: run plugins/fetch_headers.sh build/onnxruntime")
-    return library
+def library(name: str) -> Path:
+    """One of the libraries that were built; skips where this machine lacks what it needs."""
+    file = build() / name
+    if not file.exists():
+        pytest.skip(f"{name} was not built: `cmake -S plugins -B build/plugins` says why")
+    return file
+
+
+def tensorrt_rtx() -> Path | None:
+    """The library of the package tensorrt-rtx: TensorRT without GPU and plugin layers."""
+    package = importlib.util.find_spec("tensorrt_rtx_libs")
+    if package is None or not package.submodule_search_locations:
+        return None
+    (found,) = Path(package.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*")
+    return found

@@ -2,9 +2,9 @@
 // that runs until it meets a barrier. Compiled with this folder in front, the .cu file is C++.
 //
 // It is stricter than a GPU where that shows mistakes: each warp runs as far as it can before the
-// next, and in odd blocks in reverse order (a missing barrier reads stale data), asynchronous copies leave NaN until they are
-// waited for, and a barrier that not all threads reach, or a pointer that a vector or matrix
-// instruction would refuse, fails the launch. It says nothing about speed.
+// next, and in odd blocks in reverse order (a missing barrier reads stale data); a barrier that not
+// all threads reach, or a pointer that a matrix instruction would refuse, fails the launch. It says
+// nothing about speed.
 #pragma once
 
 #include <ucontext.h>
@@ -32,12 +32,8 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -52,20 +48,11 @@ namespace emulation {
 constexpr size_t kStack = 128 * 1024;
 constexpr int kWarp = 32;
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t size;
-  size_t zeros;
-};
-
 struct Fiber {
   enum State { kReady, kAtWarp, kAtBlock, kDone } state = kReady;
   ucontext_t context;
   std::vector<char> stack;
-  std::vector<std::vector<Copy>> copies{1};  // committed groups, then the open one
   // What the thread shows the others of its warp.
-  float shuffled = 0;
   const void* row = nullptr;
   uint32_t a[4] = {}, b[2] = {};
 };
@@ -135,7 +122,6 @@ inline void run_block(unsigned block, size_t threads) {
   fibers.resize(threads);
   for (Fiber& fiber : fibers) {
     fiber.state = Fiber::kReady;
-    fiber.copies.assign(1, {});
     fiber.stack.resize(kStack);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -162,14 +148,6 @@ inline void run_block(unsigned block, size_t threads) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::Fiber::kAtBlock); }
-
-inline float __shfl_xor_sync(unsigned, float value, int lanes) {
-  emulation::fibers[emulation::current].shuffled = value;
-  emulation::wait(emulation::Fiber::kAtWarp);
-  const float other = emulation::fibers[emulation::current ^ lanes].shuffled;
-  emulation::wait(emulation::Fiber::kAtWarp);
-  return other;
-}
 
 typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };

@@ -1,7 +1,6 @@
-"""The one table of correlation cases, with the brute-force reference that all of them meet.
+"""The one table of correlation cases, and the brute-force reference for every implementation.
 
-Used by the tests of the ONNX function body and of the ONNX Runtime op, and by
-``plugins/test_cuda.py`` on a GPU machine; NumPy is all that importing it needs.
+Read by the tests, and by ``python -m benchmarks.correlation`` on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Case:
         return a, b
 
 
-# FlowNet's attributes: the sizes go round the kernels' tiles (16, 32, 64 columns; 2, 4, 8 rows;
-# 4 and 16 channels), below, at and above, with odd ones among them.
+# FlowNet's attributes: the sizes go round the kernel's tiles (16 and 32 columns; 4 and 8 rows; 16
+# channels), below, at and above, with odd ones among them.
 FLOWNET_CASES = (
     Case("flownet", (1, 32, 16, 32)),
     Case("flownet, two tiles each way", (2, 16, 24, 64)),
