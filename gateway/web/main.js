@@ -37,9 +37,17 @@ function request() {
   };
 }
 
-/** An image as the browser shows it, on the file's own pixels; null where it cannot. */
-function decode({ blob }) {
-  return createImageBitmap(blob, { imageOrientation: "none" }).catch(() => null);
+/** An image file without its EXIF orientation, which browsers follow and the service ignores. */
+async function unturned({ blob }) {
+  const bytes = new Uint8Array(await blob.arrayBuffer());
+  const exif = new TextDecoder("latin1").decode(bytes.subarray(0, 65536)).indexOf("Exif\0\0");
+  if (exif >= 0) bytes[exif] = 0;
+  return new Blob([bytes], { type: blob.type });
+}
+
+/** An image to draw, or null where the browser knows no such file. */
+async function decode(image) {
+  return createImageBitmap(await unturned(image)).catch(() => null);
 }
 
 /** Ask for the flow of the pair and show it; whether that went well. */
@@ -155,13 +163,13 @@ function setImage(side, file) {
   showSlots();
 }
 
-function showSlots() {
+async function showSlots() {
   for (const [side, slot] of [$("slot1"), $("slot2")].entries()) {
     const [picture, name] = [slot.querySelector("img"), slot.querySelector(".name")];
     URL.revokeObjectURL(picture.src);
     picture.hidden = !pair[side];
-    if (pair[side]) picture.src = URL.createObjectURL(pair[side].blob);
     name.textContent = pair[side]?.name ?? `Choose image ${side + 1}`;
+    if (pair[side]) picture.src = URL.createObjectURL(await unturned(pair[side]));
   }
 }
 

@@ -1,0 +1,292 @@
+"""The page in a real browser, against a gateway whose model's flow is known in closed form."""
+
+import io
+import re
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import BrowserContext, Page, expect
+
+from flownet2.formats import colours
+from launch.triton import Triton
+from tests.support.gateway_stack import Gateway, encoded, picture, run_gateway, wait_until
+
+PIXELS = [(0, 0), (63, 47), (17, 30), (40, 5)]
+FILES = {"b_2.png": encoded(picture(2)), "a_10.png": encoded(picture(1))}
+
+
+def drop(page: Page, files: dict[str, bytes], kind: str = "image/png") -> None:
+    """Drop files onto the page."""
+    transfer = page.evaluate_handle(
+        """([files, type]) => {
+            const transfer = new DataTransfer();
+            for (const [name, bytes] of Object.entries(files))
+                transfer.items.add(new File([new Uint8Array(bytes)], name, {type}));
+            return transfer;
+        }""",
+        [{name: list(content) for name, content in files.items()}, kind],
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+
+
+def wait_for_answer(page: Page, request: str) -> None:
+    """Until the answer to a request is on display, told by a piece of its curl command."""
+    expect(page.locator("#code")).to_contain_text(request)
+
+
+def read_at(page: Page, x: int, y: int, canvas: str = "#flow") -> list[float]:
+    """What the page says of a pixel of 64x48 under the mouse: u, v."""
+    page.locator(canvas).scroll_into_view_if_needed()
+    box = page.locator(canvas).bounding_box()
+    assert box is not None
+    page.mouse.move(
+        box["x"] + (x + 0.5) * box["width"] / 64, box["y"] + (y + 0.5) * box["height"] / 48
+    )
+    text = page.locator("#readout").inner_text().replace("\N{MINUS SIGN}", "-")
+    assert f"x {x}, y {y} " in text
+    return [float(re.search(rf"{name} ([+-][\d.]+)", text)[1]) for name in "uv"]
+
+
+def ask(gateway: Gateway, one: bytes, two: bytes, **query: str) -> np.ndarray:
+    """The flow by the API."""
+    answer = gateway.client.post(
+        "/estimate_flow/",
+        params={"size": "native", **query},
+        files={"image1": one, "image2": two},
+        headers={"Accept": "application/x-npy"},
+    ).raise_for_status()
+    return np.load(io.BytesIO(answer.content))
+
+
+def test_opens_on_a_result(page: Page) -> None:
+    expect(page.locator("#about")).to_contain_text("FlowNet2")
+    expect(page.locator("#stages")).to_contain_text("network")
+    colours = page.evaluate(
+        """() => {
+            const canvas = document.getElementById("flow");
+            const {width, height} = canvas;
+            const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
+            return new Set(new Uint32Array(data.buffer)).size;
+        }"""
+    )
+    assert colours > 100
+
+
+@pytest.mark.parametrize("query", [{}, {"size": "512"}], ids=["native", "512"])
+def test_dropped_files(page: Page, gateway: Gateway, query: dict[str, str]) -> None:
+    if query:
+        page.get_by_text(re.compile("^512")).click()
+    drop(page, FILES)
+    wait_for_answer(page, 'image1=@"a_10.png')
+    flow = ask(gateway, FILES["a_10.png"], FILES["b_2.png"], **query)
+    rows, columns, _ = flow.shape
+    for x, y in PIXELS:
+        expected = flow[int((y + 0.5) / 48 * rows), int((x + 0.5) / 64 * columns)]
+        assert read_at(page, x, y) == pytest.approx(expected, abs=0.006)
+        assert read_at(page, x, y, "#images") == pytest.approx(expected, abs=0.006)
+
+
+def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_path: Path) -> None:
+    """Downloads and what the curl command writes are the API's bytes."""
+    drop(page, FILES)
+    wait_for_answer(page, "a_10.png")
+    saved = {}
+    for suffix in ("flo", "npy", "png"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f".{suffix}", exact=True).click()
+        saved[suffix] = download.value.path().read_bytes()
+    images = {"image1": FILES["a_10.png"], "image2": FILES["b_2.png"]}
+    for suffix, kind in (("flo", "application/x-flo"), ("npy", "application/x-npy")):
+        answer = gateway.client.post(
+            "/estimate_flow/?size=native", files=images, headers={"Accept": kind}
+        )
+        assert saved[suffix] == answer.content
+    answer = gateway.client.post(
+        "/estimate_flow/?size=native", files=images, headers={"Accept": "image/png"}
+    )
+    theirs, ours = (
+        np.asarray(Image.open(io.BytesIO(one)).convert("RGB"), np.int16)
+        for one in (answer.content, saved["png"])
+    )
+    assert np.abs(theirs - ours).max() <= 1  # a double rounds otherwise than a float
+
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    subprocess.run(
+        ["bash", "-c", page.locator("#code").inner_text()], cwd=tmp_path, check=True, timeout=60
+    )
+    assert (tmp_path / "flow.npy").read_bytes() == saved["npy"]
+
+
+def test_colours_are_those_of_the_library(page: Page) -> None:
+    rng = np.random.default_rng(0)
+    flow = rng.normal(0, 5, (40, 50, 2)).astype(np.float32)
+    flow[0, 0] = 0
+    for maximum in (None, 4.0, 30.0):
+        pixels = page.evaluate(
+            """async ([height, width, data, maximum]) => {
+                const {colourise, longest} = await import("./web/colours.js");
+                const flow = {height, width, data: new Float32Array(data)};
+                return [...colourise(flow, maximum ?? longest(flow)).data];
+            }""",
+            [*flow.shape[:2], flow.ravel().tolist(), maximum],
+        )
+        picture = np.array(pixels).reshape(*flow.shape[:2], 4)
+        assert (picture[..., 3] == 255).all()
+        assert np.abs(picture[..., :3] - colours(flow, maximum)).max() <= 1
+
+
+def test_a_wrong_file_is_told_beside_its_field(page: Page, context: BrowserContext) -> None:
+    drop(page, {"a.png": FILES["b_2.png"], "b.png": b"no picture at all"})
+    problem = page.locator("#problem-image2")
+    expect(problem).to_have_text(re.compile("image2"))
+    expect(page.locator("#image2")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#problem-image1")).to_be_empty()
+    drop(page, {"a.png": FILES["b_2.png"], "b.png": encoded(picture(1, 80, 48))})
+    expect(page.get_by_role("alert").filter(has_text="size")).to_be_visible()
+    drop(page, FILES)
+    wait_for_answer(page, "a_10.png")
+    expect(problem).to_be_empty()
+    context.faults.clear()  # the browser logs each 422
+
+
+def test_exif_orientation_is_ignored_as_the_service_does(page: Page) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {
+        f"{name}.jpg": encoded(picture(seed), "JPEG", exif=exif.tobytes())
+        for name, seed in (("a", 1), ("b", 2))
+    }
+    drop(page, turned, "image/jpeg")
+    expect(page.locator("#dimensions")).to_have_text("64 \N{MULTIPLICATION SIGN} 48")
+
+
+def film(levels: list[int], size: tuple[int, int] = (64, 48), rate: int = 10) -> bytes:
+    """A WebM of grey frames."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="webm") as container:
+        stream = container.add_stream("libvpx", rate=rate)
+        stream.width, stream.height = size
+        for level in levels:
+            frame = av.VideoFrame.from_image(Image.new("RGB", size, (level,) * 3))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def test_steps_through_a_video(page: Page) -> None:
+    """Frames are told apart by how much brighter the next one is: the model's flow."""
+    levels = [0, 16, 48, 96, 160, 240]
+    drop(page, {"film.webm": film(levels)}, "video/webm")
+    frames = page.locator("#frame-name")
+    for first in range(3):
+        expect(frames).to_have_text(f"{first} → {first + 1} of {len(levels)}")
+        wait_for_answer(page, f'image1=@"film_{first:06}.png"')
+        expected = (levels[first + 1] - levels[first]) / 8
+        assert read_at(page, 30, 20) == pytest.approx([expected] * 2, abs=0.5)
+        page.get_by_role("button", name="Next frame").click()
+    page.get_by_label("Frames between image 1 and image 2").fill("2")
+    page.get_by_label("Frames between image 1 and image 2").blur()
+    wait_for_answer(page, "film_000005.png")
+    assert read_at(page, 30, 20) == pytest.approx([(240 - 96) / 8] * 2, abs=0.5)
+
+
+def test_camera_is_live(page: Page) -> None:
+    page.get_by_text("Camera", exact=True).click()
+    page.get_by_role("button", name="Start the camera").click()
+    wait_for_answer(page, "camera_1.jpg")
+    expect(page.locator("#status")).to_contain_text("pairs a second")
+    page.get_by_role("button", name="Stop the camera").click()
+    expect(page.get_by_role("button", name="Start the camera")).to_be_visible()
+
+
+def test_keyboard_moves_the_crosshair(page: Page) -> None:
+    readout = page.locator("#readout")
+    page.locator("#flow").focus()
+    page.keyboard.press("ArrowRight")
+    before = readout.inner_text()
+    page.keyboard.press("Shift+ArrowDown")
+    expect(readout).not_to_have_text(before)
+    page.keyboard.press("Escape")
+    expect(readout).to_contain_text("Point at")
+
+
+def test_warp_brings_image_2_back(page: Page) -> None:
+    """A shifted image, warped by the shift, is the first one; beyond the edge there is nothing."""
+    rng = np.random.default_rng(0)
+    image2 = rng.integers(0, 256, (12, 20, 3), np.uint8)
+    flow = np.full((12, 20, 2), (2.5, 1.0), np.float32)
+    pixels = page.evaluate(
+        """async ([height, width, rgba, data]) => {
+            const {warp} = await import("./web/view.js");
+            const canvas = new OffscreenCanvas(width, height);
+            const image = new ImageData(new Uint8ClampedArray(rgba), width, height);
+            canvas.getContext("2d").putImageData(image, 0, 0);
+            const back = warp(canvas, {width, height, data: new Float32Array(data)}, 1);
+            return [...back.getContext("2d").getImageData(0, 0, width, height).data];
+        }""",
+        [12, 20, np.dstack([image2, np.full((12, 20), 255, np.uint8)]).ravel().tolist(),
+         flow.ravel().tolist()],
+    )  # fmt: skip
+    back = np.array(pixels).reshape(12, 20, 4)
+    expected = (image2[1:, 2:-1].astype(float) + image2[1:, 3:]) / 2
+    assert np.abs(back[:-1, :17, :3] - expected).max() <= 1
+    assert (back[:-1, :17, 3] == 255).all()
+    assert (back[-1, :, 3] == 0).all()
+    assert (back[:, 17:, 3] == 0).all()
+
+
+def test_a_lost_connection_is_told(page: Page, context: BrowserContext) -> None:
+    context.route("**/estimate_flow/**", lambda route: route.abort())
+    page.get_by_role("button", name="Estimate flow").click()
+    expect(page.locator("#problem")).to_contain_text("connection was lost")
+    context.faults.clear()  # the browser logs what we did
+    context.unroute("**/estimate_flow/**")
+    page.get_by_role("button", name="Estimate flow").click()
+    expect(page.locator("#status")).to_contain_text("Done")
+    expect(page.locator("#problem")).to_be_empty()
+
+
+def test_asks_for_a_key(
+    context: BrowserContext, closed_form_triton: Triton, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("the-key\n")
+    with run_gateway(
+        closed_form_triton.address.grpc, tmp_path / "log", GATEWAY_API_KEYS_FILE=str(keys)
+    ) as guarded:
+        wait_until(lambda: guarded.get("/readyz") == 200)
+        page = context.new_page()
+        page.goto(guarded.url)
+        for key, after in (("wrong", "Asks for a key"), ("the-key", "Ready")):
+            page.get_by_label("asks for an API key").fill(key)
+            page.get_by_role("button", name="Use it").click()
+            expect(page.locator("#service")).to_have_text(after)
+        page.get_by_role("button", name="Estimate flow").click()
+        expect(page.locator("#status")).to_contain_text("Done")
+    context.faults.clear()  # the browser logs each 401
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_serious_fault_of_accessibility(page: Page, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    for source in ("Video", "Camera", "Images"):
+        page.locator("#ask").get_by_text(source, exact=True).click()
+        found = Axe().run(page).response["violations"]
+        assert [one for one in found if one["impact"] in ("serious", "critical")] == []
+
+
+def test_fits_a_phone(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_docs_need_no_network(context: BrowserContext, gateway: Gateway) -> None:
+    page = context.new_page()
+    page.goto(f"{gateway.url}/docs")
+    expect(page.get_by_text("Estimate optical flow")).to_be_visible()
