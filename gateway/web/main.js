@@ -168,6 +168,7 @@ async function showSlots() {
     const [picture, name] = [slot.querySelector("img"), slot.querySelector(".name")];
     URL.revokeObjectURL(picture.src);
     picture.hidden = !pair[side];
+    picture.onerror = () => (picture.hidden = true);
     name.textContent = pair[side]?.name ?? `Choose image ${side + 1}`;
     if (pair[side]) picture.src = URL.createObjectURL(await unturned(pair[side]));
   }
@@ -258,7 +259,9 @@ async function showFrame(index) {
   $("frame").max = last;
   $("frame").value = first;
   $("frame-name").textContent = `${first} → ${first + step} of ${video.length}`;
-  pair = [await video.frame(first), await video.frame(first + step)];
+  const frames = await Promise.all([video.frame(first), video.frame(first + step)]);
+  if (frame() !== first) return true; // another one is wanted by now
+  pair = frames;
   untouched = false;
   showSlots();
   return run();
@@ -368,7 +371,7 @@ for (const button of all("[data-format]")) {
 
 function showCode(asked) {
   const withKey = !$("key").validity.valueMissing;
-  $("code").textContent = chosen("language") === "curl" ? asCurl(asked, withKey) : asPython(asked);
+  $("code").textContent = (chosen("language") === "curl" ? asCurl : asPython)(asked, withKey);
 }
 
 for (const input of all('input[name="language"]')) {

@@ -20,20 +20,37 @@ export function asCurl(request, withKey) {
   return parts.join(" \\\n  ");
 }
 
-/** The request in Python. */
-export function asPython({ image1, image2, size, model, both }) {
-  const names = [image1, image2].map((image) => python(image.name));
-  const options = [
-    ...(size === "native" ? [] : [`size=${python(size)}`]),
-    ...(model ? [`model=${python(model)}`] : []),
-    ...(both ? [`direction="both"`] : []),
-  ];
+/** The request in Python: by our client, which asks at the images' own size, or without it. */
+export function asPython(request, withKey) {
+  const [first, second] = [request.image1, request.image2].map(({ name }) => python(name));
+  if (request.size !== "native") return withoutClient(request, first, second, withKey);
+  const server = python(BASE.href.replace(/\/$/, ""));
   return [
     "from flownet2 import Client",
     "",
-    `client = Client(${python(BASE.href.replace(/\/$/, ""))})`,
-    `result = client.flow(${[...names, ...options].join(", ")})`,
+    `client = Client(${server}${request.model ? `, model=${python(request.model)}` : ""})`,
+    `result = client.flow(${first}, ${second}${request.both ? `, direction="both"` : ""})`,
     "result.flow  # float32 [height, width, 2], in pixels",
-    ...(both ? ["result.occluded  # bool [height, width]"] : []),
+    ...(request.both ? ["result.occluded  # bool [height, width]"] : []),
+  ].join("\n");
+}
+
+function withoutClient(request, first, second, withKey) {
+  const { path, accept } = wire(request);
+  const key = withKey ? `, "X-API-Key": os.environ["FLOWNET2_API_KEY"]` : "";
+  return [
+    `import io${withKey ? "\nimport os" : ""}`,
+    "",
+    "import httpx",
+    "import numpy as np",
+    "",
+    `with open(${first}, "rb") as image1, open(${second}, "rb") as image2:`,
+    `    answer = httpx.post(`,
+    `        ${python(new URL(path, BASE).href)},`,
+    `        files={"image1": image1, "image2": image2},`,
+    `        headers={"Accept": ${python(accept)}${key}},`,
+    `        timeout=60,`,
+    `    ).raise_for_status()`,
+    "result = np.load(io.BytesIO(answer.content))",
   ].join("\n");
 }

@@ -30,6 +30,7 @@ export class Video {
   static async open(file, media) {
     const video = new Video();
     video.media = media;
+    video.seeking = Promise.resolve();
     media.src = URL.createObjectURL(file);
     await next(media, "loadeddata");
     video.stem = file.name.replace(/\.[^.]*$/, "");
@@ -52,8 +53,13 @@ export class Video {
     return Math.min(this.media.duration, ...gaps.filter((gap) => gap > 0));
   }
 
-  /** Frame `index`, from 0, as a PNG. */
-  async frame(index) {
+  /** Frame `index`, from 0, as a PNG; one after the other, however they are asked for. */
+  frame(index) {
+    this.seeking = this.seeking.then(() => this.#seek(index));
+    return this.seeking;
+  }
+
+  async #seek(index) {
     const sought = next(this.media, "seeked");
     this.media.currentTime = (index + 0.5) * this.interval;
     await sought;

@@ -1,8 +1,10 @@
 """The page in a real browser, against a gateway whose model's flow is known in closed form."""
 
 import io
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -14,7 +16,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from flownet2.formats import colours
 from launch.triton import Triton
-from tests.support.gateway_stack import Gateway, encoded, picture, run_gateway, wait_until
+from tests.support.gateway_stack import ROOT, Gateway, encoded, picture, run_gateway, wait_until
 
 PIXELS = [(0, 0), (63, 47), (17, 30), (40, 5)]
 FILES = {"b_2.png": encoded(picture(2)), "a_10.png": encoded(picture(1))}
@@ -117,10 +119,26 @@ def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_pat
 
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
-    subprocess.run(
-        ["bash", "-c", page.locator("#code").inner_text()], cwd=tmp_path, check=True, timeout=60
-    )
+    code = page.locator("#code")
+    subprocess.run(["bash", "-c", code.inner_text()], cwd=tmp_path, check=True, timeout=60)
     assert (tmp_path / "flow.npy").read_bytes() == saved["npy"]
+    page.get_by_text("Python", exact=True).click()
+    flow = python(code.inner_text(), "result.flow", tmp_path)
+    assert np.array_equal(flow, np.load(io.BytesIO(saved["npy"])))
+    page.get_by_text(re.compile("^512")).click()
+    wait_for_answer(page, "size=512")
+    flow = python(code.inner_text(), "result", tmp_path)
+    assert np.array_equal(flow, ask(gateway, *images.values(), size="512"))
+
+
+def python(code: str, result: str, folder: Path) -> np.ndarray:
+    """What a piece of Python computes."""
+    code += f"\nimport sys, numpy\nnumpy.save(sys.stdout.buffer, {result})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True
+    )
+    return np.load(io.BytesIO(done.stdout))
 
 
 def test_colours_are_those_of_the_library(page: Page) -> None:
@@ -272,6 +290,24 @@ def test_asks_for_a_key(
     context.faults.clear()  # the browser logs each 401
 
 
+def test_page_and_docs_work_below_a_prefix(context: BrowserContext, gateway: Gateway) -> None:
+    """As behind a proxy that serves the gateway at /some/prefix/."""
+    context.route(
+        "**/some/prefix/**",
+        lambda route: route.fulfill(
+            response=route.fetch(url=route.request.url.replace("/some/prefix", ""))
+        ),
+    )
+    context.route(re.compile(r":\d+/(?!some/prefix/)"), lambda route: route.abort())
+    page = context.new_page()
+    page.goto(f"{gateway.url}/some/prefix/")
+    page.get_by_text("Ready").wait_for()
+    page.get_by_role("button", name="Estimate flow").click()
+    wait_for_answer(page, f"{gateway.url}/some/prefix/estimate_flow/")
+    page.get_by_role("link", name="API").click()
+    expect(page.get_by_role("combobox").first).to_have_value(f"{gateway.url}/some/prefix/")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_serious_fault_of_accessibility(page: Page, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
@@ -284,9 +320,3 @@ def test_no_serious_fault_of_accessibility(page: Page, scheme: str) -> None:
 def test_fits_a_phone(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-
-
-def test_docs_need_no_network(context: BrowserContext, gateway: Gateway) -> None:
-    page = context.new_page()
-    page.goto(f"{gateway.url}/docs")
-    expect(page.get_by_text("Estimate optical flow")).to_be_visible()
