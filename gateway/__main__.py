@@ -1,7 +1,6 @@
 """`python -m gateway`: the service, configured by environment variables (`gateway.settings`)."""
 
 import asyncio
-import atexit
 import contextlib
 import ctypes
 import logging
@@ -12,16 +11,16 @@ import sys
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 from pydantic import ValidationError
 
 from gateway import logs
 from gateway.app import create_app
 from gateway.protocol import Protocol
 from gateway.settings import Settings
+from gateway.state import State
 
 STALL_MS = 60_000
-"""A client that acknowledges nothing for so long is cut off, and holds no answer any more."""
+"""A client that acknowledges nothing for so long is cut off, and holds no response any more."""
 
 
 class Server(uvicorn.Server):
@@ -31,18 +30,18 @@ class Server(uvicorn.Server):
     in flight finish, and the process exits with status 0. SIGINT skips the moment.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, delay_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, state: State, delay_s: float) -> None:
         super().__init__(config)
-        self._app_state = app.state
+        self._state = state
         self._delay_s = delay_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, or stop at once when asked again."""
-        if self._app_state.stopping:
+        if self._state.stopping:
             self.should_exit = True
             self.force_exit = sig == signal.SIGINT
             return
-        self._app_state.stopping = True
+        self._state.stopping = True
         logging.getLogger("gateway").info("stopping")
         if sig == signal.SIGINT:
             self.should_exit = True
@@ -89,7 +88,7 @@ def main() -> int:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
-    server = Server(config, app, settings.shutdown_delay_s)
+    server = Server(config, app.state.gateway, settings.shutdown_delay_s)
     listener = config.bind_socket()
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
     server.run([listener])
@@ -97,7 +96,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    # Leave without the threads that still decode what nobody waits for: nothing can stop them.
-    atexit._run_exitfuncs()  # logs and traces
-    os._exit(exit_status)
+    # Without the threads that still decode what nobody waits for: nothing can stop them.
+    os._exit(main())

@@ -1,25 +1,44 @@
-"""What can go wrong with a request: one class per cause, and one table of what clients are told.
+"""What can go wrong with a request: one class per cause, which is all there is to add for a new one.
 
-Answers are problem details (RFC 9457). `type` is stable; `detail` is for people.
+Responses are problem details (RFC 9457). `type` is stable; `detail` is for people.
 """
 
-from dataclasses import dataclass
 from http import HTTPStatus
+from typing import ClassVar
 
-import orjson
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 MEDIA_TYPE = "application/problem+json"
 
 
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it."""
+
+    type: str = Field(description="stable name of the cause")
+    title: str = Field(description="the cause in words")
+    status: int = Field(description="HTTP status")
+    detail: str = Field(description="what is wrong with this request, and what to change")
+    field: str | None = Field(None, description="field, parameter or header that it is about")
+    request_id: str = Field(description="the request's `X-Request-ID`")
+
+
 class GatewayError(Exception):
-    """A request that cannot be answered.
+    """A request that fails. The title of a cause is the docstring of its class.
 
     Args:
         detail: what is wrong and what to change, a sentence or two.
         field: the field, parameter or header that it is about.
-        headers: headers of the answer.
+        headers: headers of the response.
     """
+
+    status: ClassVar[int]
+    slug: ClassVar[str]
+    of_flow: ClassVar[bool]
+    """Whether the OpenAPI document declares it for `/estimate_flow/`."""
+
+    def __init_subclass__(cls, *, status: int, slug: str, of_flow: bool = True) -> None:
+        cls.status, cls.slug, cls.of_flow = status, slug, of_flow
 
     def __init__(
         self, detail: str, *, field: str | None = None, headers: dict[str, str] | None = None
@@ -29,192 +48,148 @@ class GatewayError(Exception):
         self.field = field
         self.headers = headers or {}
 
+    @classmethod
+    def problem(cls, detail: str, field: str | None, request_id: str) -> Problem:
+        """The body of a response that tells this error."""
+        return Problem(
+            type=f"urn:problem-type:flownet2:{cls.slug}",
+            title=(cls.__doc__ or "").rstrip("."),
+            status=cls.status,
+            detail=detail,
+            field=field,
+            request_id=request_id,
+        )
 
-class BadRequest(GatewayError):
-    """The bytes are no HTTP request."""
+    def response(self, request_id: str, retry_after_s: int) -> Response:
+        """The response to the request, `application/problem+json`."""
+        content = self.problem(self.detail, self.field, request_id)
+        headers = dict(self.headers)
+        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers["Retry-After"] = str(retry_after_s)
+        return Response(
+            content.model_dump_json(exclude_none=True), self.status, headers, MEDIA_TYPE
+        )
 
 
-class BadJson(GatewayError):
+class BadRequest(GatewayError, status=400, slug="bad-request", of_flow=False):
+    """The request is not HTTP."""
+
+
+class BadJson(GatewayError, status=400, slug="bad-json"):
     """The body is not a JSON object."""
 
 
-class BadMultipart(GatewayError):
-    """The body is not the multipart form that its header announces."""
+class BadMultipart(GatewayError, status=400, slug="bad-multipart"):
+    """The body is not a multipart form."""
 
 
-class Unauthorized(GatewayError):
-    """No API key, or an unknown one."""
+class Unauthorized(GatewayError, status=401, slug="unauthorized"):
+    """An API key is needed."""
 
 
-class NotFound(GatewayError):
-    """No such path."""
+class NotFound(GatewayError, status=404, slug="not-found", of_flow=False):
+    """There is nothing at this path."""
 
 
-class UnknownModel(GatewayError):
-    """No Triton has a model of this name that keeps the contract."""
+class UnknownModel(GatewayError, status=404, slug="unknown-model"):
+    """There is no such model."""
 
 
-class MethodNotAllowed(GatewayError):
-    """The path exists, but not for this method."""
+class MethodNotAllowed(GatewayError, status=405, slug="method-not-allowed"):
+    """The path does not take this method."""
 
 
-class NotAcceptable(GatewayError):
-    """None of the formats in `Accept` can be produced."""
+class NotAcceptable(GatewayError, status=406, slug="not-acceptable"):
+    """No acceptable format."""
 
 
-class BodyTimeout(GatewayError):
-    """The body did not arrive before the deadline."""
+class BodyTimeout(GatewayError, status=408, slug="body-timeout"):
+    """The body arrived too slowly."""
 
 
-class BodyTooLarge(GatewayError):
-    """The body is longer than the limit."""
+class BodyTooLarge(GatewayError, status=413, slug="body-too-large"):
+    """The body is too long."""
 
 
-class ImageTooLarge(GatewayError):
-    """An image has more pixels than the limit."""
+class ImageTooLarge(GatewayError, status=413, slug="image-too-large"):
+    """An image has too many pixels."""
 
 
-class UnsupportedMediaType(GatewayError):
-    """The body is neither JSON nor a multipart form, or it is compressed."""
+class UnsupportedMediaType(GatewayError, status=415, slug="unsupported-media-type"):
+    """Unsupported type of body."""
 
 
-class UnsupportedImageFormat(GatewayError):
-    """An image is of a known format that is not accepted."""
+class UnsupportedImageFormat(GatewayError, status=415, slug="unsupported-image-format"):
+    """Unsupported image format."""
 
 
-class InvalidParameter(GatewayError):
-    """A query parameter or a header holds something that it cannot hold."""
+class InvalidParameter(GatewayError, status=422, slug="invalid-parameter"):
+    """Invalid parameter."""
 
 
-class MissingField(GatewayError):
-    """An image is missing."""
+class MissingField(GatewayError, status=422, slug="missing-field"):
+    """A field is missing."""
 
 
-class UnexpectedField(GatewayError):
-    """The request holds a field that means nothing."""
+class UnexpectedField(GatewayError, status=422, slug="unexpected-field"):
+    """A field is unknown."""
 
 
-class WrongType(GatewayError):
+class WrongType(GatewayError, status=422, slug="wrong-type"):
     """A field is not a string."""
 
 
-class BadBase64(GatewayError):
+class BadBase64(GatewayError, status=422, slug="bad-base64"):
     """A field is not base64."""
 
 
-class NotAnImage(GatewayError):
-    """The content is no image of a known format."""
+class NotAnImage(GatewayError, status=422, slug="not-an-image"):
+    """A field holds no image."""
 
 
-class DamagedImage(GatewayError):
-    """An image is truncated or contradicts itself."""
+class DamagedImage(GatewayError, status=422, slug="damaged-image"):
+    """An image is damaged."""
 
 
-class AnimatedImage(GatewayError):
-    """An image has several frames."""
+class AnimatedImage(GatewayError, status=422, slug="animated-image"):
+    """An image is animated."""
 
 
-class ImageTooSmall(GatewayError):
-    """An image is too small to be inferred at its own size."""
+class ImageTooSmall(GatewayError, status=422, slug="image-too-small"):
+    """An image is too small."""
 
 
-class SizesDiffer(GatewayError):
-    """The two images differ in size."""
+class SizesDiffer(GatewayError, status=422, slug="sizes-differ"):
+    """The images differ in size."""
 
 
-class ClientGone(GatewayError):
-    """The client closed the connection; nobody reads this answer."""
+class ClientGone(GatewayError, status=499, slug="client-gone", of_flow=False):
+    """The client closed the connection."""
 
 
-class InternalError(GatewayError):
-    """A bug of the gateway."""
+class InternalError(GatewayError, status=500, slug="internal-error"):
+    """The gateway failed."""
 
 
-class ModelFailed(GatewayError):
-    """The model failed, or answered something that is no flow."""
+class ModelFailed(GatewayError, status=502, slug="model-failed"):
+    """The model failed."""
 
 
-class Overloaded(GatewayError):
-    """The gateway has as many requests, or bytes, as it may have."""
+class Overloaded(GatewayError, status=503, slug="overloaded"):
+    """The service is overloaded."""
 
 
-class QueueFull(GatewayError):
-    """Triton's queue for the model is full."""
+class QueueFull(GatewayError, status=503, slug="queue-full"):
+    """The model's queue is full."""
 
 
-class InferenceUnavailable(GatewayError):
-    """No Triton serves the model at the moment."""
+class InferenceUnavailable(GatewayError, status=503, slug="inference-unavailable"):
+    """The model is not served now."""
 
 
-class Stopping(GatewayError):
-    """The gateway is shutting down."""
+class Stopping(GatewayError, status=503, slug="stopping", of_flow=False):
+    """The service is shutting down."""
 
 
-class DeadlineExceeded(GatewayError):
-    """The flow was not ready before the deadline."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What clients are told about one cause."""
-
-    status: int
-    slug: str
-    title: str
-
-    @property
-    def type(self) -> str:
-        """The problem's `type`, which never changes."""
-        return f"urn:problem-type:flownet2:{self.slug}"
-
-
-KINDS: dict[type[GatewayError], Kind] = {
-    BadRequest: Kind(400, "bad-request", "The request is not HTTP"),
-    BadJson: Kind(400, "bad-json", "The body is not a JSON object"),
-    BadMultipart: Kind(400, "bad-multipart", "The body is not a multipart form"),
-    Unauthorized: Kind(401, "unauthorized", "An API key is needed"),
-    NotFound: Kind(404, "not-found", "There is nothing at this path"),
-    UnknownModel: Kind(404, "unknown-model", "There is no such model"),
-    MethodNotAllowed: Kind(405, "method-not-allowed", "The path does not take this method"),
-    NotAcceptable: Kind(406, "not-acceptable", "No acceptable format"),
-    BodyTimeout: Kind(408, "body-timeout", "The body arrived too slowly"),
-    BodyTooLarge: Kind(413, "body-too-large", "The body is too long"),
-    ImageTooLarge: Kind(413, "image-too-large", "An image has too many pixels"),
-    UnsupportedMediaType: Kind(415, "unsupported-media-type", "Unsupported type of body"),
-    UnsupportedImageFormat: Kind(415, "unsupported-image-format", "Unsupported image format"),
-    InvalidParameter: Kind(422, "invalid-parameter", "Invalid parameter"),
-    MissingField: Kind(422, "missing-field", "A field is missing"),
-    UnexpectedField: Kind(422, "unexpected-field", "A field is unknown"),
-    WrongType: Kind(422, "wrong-type", "A field is not a string"),
-    BadBase64: Kind(422, "bad-base64", "A field is not base64"),
-    NotAnImage: Kind(422, "not-an-image", "A field holds no image"),
-    DamagedImage: Kind(422, "damaged-image", "An image is damaged"),
-    AnimatedImage: Kind(422, "animated-image", "An image is animated"),
-    ImageTooSmall: Kind(422, "image-too-small", "An image is too small"),
-    SizesDiffer: Kind(422, "sizes-differ", "The images differ in size"),
-    ClientGone: Kind(499, "client-gone", "The client closed the connection"),
-    InternalError: Kind(500, "internal-error", "The gateway failed"),
-    ModelFailed: Kind(502, "model-failed", "The model failed"),
-    Overloaded: Kind(503, "overloaded", "The service is overloaded"),
-    QueueFull: Kind(503, "queue-full", "The model's queue is full"),
-    InferenceUnavailable: Kind(503, "inference-unavailable", "The model is not served now"),
-    Stopping: Kind(503, "stopping", "The service is shutting down"),
-    DeadlineExceeded: Kind(504, "deadline-exceeded", "The deadline has passed"),
-}
-
-
-def problem(error: GatewayError, request_id: str, retry_after_s: int) -> Response:
-    """The answer to a request that failed: `application/problem+json`."""
-    kind = KINDS[type(error)]
-    content = {
-        "type": kind.type,
-        "title": kind.title,
-        "status": kind.status,
-        "detail": error.detail,
-        **({"field": error.field} if error.field else {}),
-        "request_id": request_id,
-    }
-    headers = dict(error.headers)
-    if kind.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = str(retry_after_s)
-    return Response(orjson.dumps(content), kind.status, headers, MEDIA_TYPE)
+class DeadlineExceeded(GatewayError, status=504, slug="deadline-exceeded"):
+    """The deadline has passed."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from flownet2 import contract
 from gateway.errors import (
     AnimatedImage,
     DamagedImage,
@@ -21,18 +22,12 @@ from gateway.errors import (
 
 Pixels = npt.NDArray[np.uint8]
 
-GRID = (512, 512)
+GRID = contract.GRID[::-1]
 """Width and height that images are resized to, unless they are inferred at their own size."""
-
-SMALLEST = 16
-"""Fewest pixels of a side that the model takes."""
 
 LONGEST = 65_500
 """Most pixels of a side, libjpeg's own limit. Resizing takes time and memory for every pixel of a
 side, however few there are on the other, and lets no other thread run meanwhile."""
-
-MULTIPLE = 64
-"""The networks pad the sides of an image up to multiples of this."""
 
 MAX_TEXT_BYTES = 4 * 2**20
 """Text that the compressed chunks of one PNG may unpack to, all together."""
@@ -50,7 +45,7 @@ _JPEG = ("JPEG", "MPO")
 
 _SIXTEEN_TO_EIGHT = ((np.arange(2**16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
 
-# Formats that people try, for a better answer than "no image".
+# Formats that people try, for a better message than "no image".
 _KNOWN = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -77,7 +72,7 @@ def configure_pillow(max_pixels: int, formats: list[str]) -> None:
         ValueError: Pillow reads no such format.
     """
     Image.init()
-    unknown = [form for form in formats if form not in Image.OPEN]
+    unknown = [format for format in formats if format not in Image.OPEN]
     if unknown:
         raise ValueError(
             f"GATEWAY_IMAGE_FORMATS: Pillow has no {', '.join(unknown)}; "
@@ -189,16 +184,16 @@ def check_native(image: Image.Image, field: str, max_pixels: int) -> None:
     Raises:
         ImageTooSmall, ImageTooLarge.
     """
-    if min(image.size) < SMALLEST:
+    if min(image.size) < contract.MINIMUM_SIDE:
         raise ImageTooSmall(
-            f"{field} has {image.width}x{image.height} pixels; {SMALLEST} a side is the least. "
+            f"{field} has {image.width}x{image.height} pixels; {contract.MINIMUM_SIDE} a side is the least. "
             "Leave out size=native.",
             field=field,
         )
     if _padded_area(image) > max_pixels:
         raise ImageTooLarge(
             f"{field} has {image.width}x{image.height} pixels; {max_pixels} is the most at its "
-            f"own size, each side rounded up to a multiple of {MULTIPLE}. "
+            f"own size, each side rounded up to a multiple of {contract.SIZE_MULTIPLE}. "
             "Leave out size=native, or send a smaller image.",
             field=field,
         )
@@ -206,12 +201,11 @@ def check_native(image: Image.Image, field: str, max_pixels: int) -> None:
 
 def _padded_area(image: Image.Image) -> int:
     """Pixels of the image as the networks pad it."""
-    columns, rows = (-(-side // MULTIPLE) for side in image.size)
-    return columns * rows * MULTIPLE**2
+    return contract.adapted(image.width) * contract.adapted(image.height)
 
 
 def working_bytes(pair: Mapping[str, Image.Image], native: bool) -> int:
-    """Memory that a request takes from decoding to its answer, roughly and from above.
+    """Memory that a request takes from decoding to its response, roughly and from above.
 
     Images that are resized are decoded one after the other.
     """

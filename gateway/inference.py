@@ -11,6 +11,7 @@ import numpy as np
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
+from flownet2 import contract
 from gateway.encoding import Flow
 from gateway.errors import (
     DeadlineExceeded,
@@ -25,13 +26,16 @@ from gateway.images import Pixels
 
 log = logging.getLogger("gateway.inference")
 
-INPUTS = {"image1": ("UINT8", [-1, -1, -1, 3]), "image2": ("UINT8", [-1, -1, -1, 3])}
-OUTPUTS = {"flow": ("FP32", [-1, -1, -1, 2])}
+INPUTS = dict.fromkeys(contract.IMAGE_INPUTS, (contract.IMAGE_TYPE, [-1, -1, -1, 3]))
+OUTPUTS = {contract.FLOW_OUTPUT: (contract.FLOW_TYPE, [-1, -1, -1, 2])}
 
 POLL_SECONDS = 0.5
 RESOLVE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
 """A Triton that computes on all cores may answer late; one that is gone refuses at once."""
+
+LONGEST_FLOW = 4
+"""Longest component of a flow that can be one, in sides of its image."""
 
 _MESSAGE_LIMIT = 2**31 - 1
 _CHANNEL = [
@@ -122,15 +126,19 @@ def _shown(tensor: tuple[str, list[int]] | None) -> str:
 
 
 def check_flow(flow: Any, height: int, width: int) -> Flow:
-    """Make sure that a model's answer is a flow of this size.
+    """Make sure that what a model gave is a flow of this size.
 
     Raises:
-        ModelFailed: another shape or type.
+        ModelFailed: another shape or type, values that are not finite, or longer than any motion.
     """
     expected = (1, height, width, 2)
     if flow is None or flow.shape != expected or flow.dtype != np.float32:
         actual = "nothing" if flow is None else f"{flow.dtype} {flow.shape}"
         raise ModelFailed(f"The model answered {actual} instead of float32 {expected}.")
+    # Few vectors are longer than their image, and a NaN is not less than anything.
+    limit = LONGEST_FLOW * max(height, width, contract.SIZE_MULTIPLE)
+    if not (flow.max() < limit and flow.min() > -limit):
+        raise ModelFailed("The model answered values that are not finite, or far beyond the image.")
     checked: Flow = flow[0]
     return checked
 
@@ -142,15 +150,15 @@ class Endpoint:
     address: str
     version: str = ""
     models: dict[str, Model] = field(default_factory=dict)
-    trouble: str = "not asked yet"
+    error: str = "not asked yet"
 
     def __post_init__(self) -> None:
         self.client = triton.InferenceServerClient(self.address, channel_args=_CHANNEL)
 
     async def watch(self) -> None:
-        """Keep `models` and `trouble` up to date, for ever."""
+        """Keep `models` and `error` up to date, for ever."""
         while True:
-            before = bool(self.models), self.trouble
+            before = bool(self.models), self.error
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
                     await self._refresh()
@@ -158,10 +166,10 @@ class Endpoint:
                 self.lose(str(error) or f"no answer within {PATIENCE_SECONDS} s")
             except Exception as error:  # no Triton, or a bug: ask again
                 self.lose(repr(error))
-            if (bool(self.models), self.trouble) != before:
-                level = logging.WARNING if self.trouble else logging.INFO
+            if (bool(self.models), self.error) != before:
+                level = logging.WARNING if self.error else logging.INFO
                 state = {"endpoint": self.address, "models": sorted(self.models)}
-                log.log(level, self.trouble or "endpoint is serving", extra=state)
+                log.log(level, self.error or "endpoint is serving", extra=state)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _refresh(self) -> None:
@@ -170,14 +178,14 @@ class Endpoint:
         known = {(model.name, model.version): model for model in self.models.values()}
         if not known:  # a new connection: what is there now may be another server
             self.version = (await self.client.get_server_metadata()).version
-        models, trouble = {}, []
+        models, errors = {}, []
         for name, version in sorted(ready):
             try:
                 models[name] = known.get((name, version)) or await self._describe(name, version)
             except ContractBroken as error:
-                trouble.append(f"{name}: {error}")
+                errors.append(f"{name}: {error}")
         self.models = models
-        self.trouble = "; ".join(trouble) or ("" if models else "no model is ready")
+        self.error = "; ".join(errors) or ("" if models else "no model is ready")
 
     async def _describe(self, name: str, version: str) -> Model:
         check_contract(await self.client.get_model_metadata(name, version))
@@ -193,10 +201,10 @@ class Endpoint:
             facts.get("weights_license"),
         )
 
-    def lose(self, trouble: str) -> None:
+    def lose(self, error: str) -> None:
         """Use the endpoint no more, until it answers the next question."""
         self.models = {}
-        self.trouble = trouble
+        self.error = error
 
     async def infer(
         self,
@@ -217,8 +225,8 @@ class Endpoint:
         """
         height, width, _ = image1.shape
         inputs = []
-        for name, image in (("image1", image1), ("image2", image2)):
-            tensor = triton.InferInput(name, [1, height, width, 3], "UINT8")
+        for name, image in zip(contract.IMAGE_INPUTS, (image1, image2), strict=True):
+            tensor = triton.InferInput(name, [1, height, width, 3], contract.IMAGE_TYPE)
             tensor.set_data_from_numpy(image[None])
             inputs.append(tensor)
         try:
@@ -232,14 +240,15 @@ class Endpoint:
             )
         except InferenceServerException as error:
             raise classify(error) from error
-        return check_flow(result.as_numpy("flow"), height, width)
+        return check_flow(result.as_numpy(contract.FLOW_OUTPUT), height, width)
 
 
 class Cluster:
     """All endpoints, asked in turns."""
 
-    def __init__(self, hosts: list[str]) -> None:
+    def __init__(self, hosts: list[str], default_model: str) -> None:
         """Take `host:port` strings; names stand for all of their addresses, now and later."""
+        self._default_model = default_model
         self._hosts = [self._split(host) for host in hosts]
         self._addresses: dict[tuple[str, int], set[str]] = {}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
@@ -310,7 +319,7 @@ class Cluster:
             name: model for endpoint in self.endpoints for name, model in endpoint.models.items()
         }
 
-    def require(self, model: str, default: str) -> Model:
+    def require(self, model: str) -> Model:
         """The model, if it is served at the moment.
 
         Raises:
@@ -320,7 +329,7 @@ class Cluster:
         models = self.models()
         if model in models:
             return models[model]
-        if models and model != default:
+        if models and model != self._default_model:
             raise UnknownModel(
                 f"There is no model {model[:40]!r}; there are {', '.join(sorted(models))}.",
                 field="model",

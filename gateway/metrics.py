@@ -12,7 +12,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 
-from gateway.admission import Admission
+from gateway.admission import Limits
 from gateway.inference import Cluster
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -23,7 +23,7 @@ PIXELS = tuple(4.0**power for power in range(4, 14))
 class Metrics:
     """The metrics and their registry."""
 
-    def __init__(self, admission: Admission, cluster: Cluster) -> None:
+    def __init__(self, limits: Limits, cluster: Cluster) -> None:
         registry = self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
@@ -41,7 +41,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "flownet2_request_seconds",
-            "Time from the request's head to the end of its answer",
+            "Time from the request's head to the end of its response",
             ["path"],
             buckets=SECONDS,
             registry=registry,
@@ -62,17 +62,21 @@ class Metrics:
             buckets=PIXELS,
             registry=registry,
         )
-        self.answer_bytes = Histogram(
-            "flownet2_answer_bytes", "Bytes of a flow as sent", buckets=BYTES, registry=registry
+        self.response_bytes = Histogram(
+            "flownet2_response_bytes", "Bytes of a flow as sent", buckets=BYTES, registry=registry
         )
         for name, meaning, value in (
-            ("admitted", "Requests for flow that are in", lambda: admission.admitted),
+            (
+                "admitted",
+                "Requests for flow that are in",
+                lambda: limits.requests.size - limits.requests.free,
+            ),
             (
                 "slots_used",
                 "Slots held by requests in flight",
-                lambda: admission.slots - admission.free_slots,
+                lambda: limits.slots.size - limits.slots.free,
             ),
-            ("slots", "Slots there are", lambda: admission.slots),
+            ("slots", "Slots there are", lambda: limits.slots.size),
             (
                 "endpoints_serving",
                 "Tritons that serve a model",

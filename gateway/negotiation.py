@@ -14,7 +14,7 @@ JSON = "application/json"
 
 @dataclass(frozen=True)
 class Format:
-    """One format of an answer."""
+    """One format of a flow in a response."""
 
     media_type: str
     description: str
@@ -24,8 +24,8 @@ class Format:
 
 # In order of preference, where a client likes several equally.
 FORMATS = {
-    form.media_type: form
-    for form in (
+    format.media_type: format
+    for format in (
         Format(JSON, "JSON, as the service that this one replaces", to_json, compressible=True),
         Format(
             "application/x-npy",

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
         default=128 * MIB,
         gt=0,
         description="request bodies held in memory, all requests together; "
-        "answers that wait to be read may take as much again",
+        "responses that wait to be read may take as much again",
     )
     threads: int = Field(
         default=min(8, len(os.sched_getaffinity(0))),

@@ -11,39 +11,45 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import __version__
+import flownet2
 from gateway.context import context_of
 
 PROPAGATOR = TraceContextTextMapPropagator()
 
 
-def start(endpoint: str) -> TracerProvider:
+def provider(endpoint: str) -> TracerProvider:
     """A provider that sends spans to an OTLP collector (base URL, without /v1/traces)."""
-    resource = Resource.create({"service.name": "flownet2-gateway", "service.version": __version__})
-    provider = TracerProvider(resource=resource)
+    resource = Resource.create(
+        {"service.name": "flownet2-gateway", "service.version": flownet2.__version__}
+    )
+    tracers = TracerProvider(resource=resource)
     exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
-    provider.add_span_processor(BatchSpanProcessor(exporter))
-    return provider
+    tracers.add_span_processor(BatchSpanProcessor(exporter))
+    return tracers
 
 
 @dataclass
 class TracingMiddleware:
-    """Wraps a request in a span, child of the client's, and leaves its context for Triton."""
+    """Wraps a request in a span, child of the client's, and leaves its context for Triton.
+
+    At the end of the application it sends the spans that it still has.
+    """
 
     app: ASGIApp
-    tracer: Tracer
+    provider: TracerProvider
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the life of the application
             await self.app(scope, receive, send)
+            self.provider.shutdown()
             return
         context = context_of(scope)
-        with self.tracer.start_as_current_span(
+        with self.provider.get_tracer("gateway").start_as_current_span(
             scope["method"],
             PROPAGATOR.extract(context.trace_headers),
             SpanKind.SERVER,

@@ -1,0 +1,109 @@
+"""What the OpenAPI document says of errors, bodies and flows beyond what FastAPI reads off the code."""
+
+from typing import Any
+
+from gateway.errors import MEDIA_TYPE, GatewayError
+from gateway.negotiation import FORMATS, JSON
+
+SCALE_HEADERS = ("X-Scale-X-Back-Factor", "X-Scale-Y-Back-Factor")
+
+# A black PNG of 16x16 pixels: whoever tries the example gets a flow.
+_EXAMPLE = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAA"
+    "DUlEQVR42mNgGAXIAAABEAABf80DtQAAAABJRU5ErkJggg=="
+)
+
+
+def error_responses(*causes: type[GatewayError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` that declare these causes, with an example of each."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for cause in causes:
+        example = cause.problem(cause.__doc__ or "", None, "8a2f0c51d7e94b36")
+        response = responses.setdefault(
+            cause.status,
+            {
+                "description": "",
+                "content": {
+                    MEDIA_TYPE: {
+                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "examples": {},
+                    }
+                },
+            },
+        )
+        response["description"] = " ".join(filter(None, (response["description"], cause.__doc__)))
+        response["content"][MEDIA_TYPE]["examples"][cause.slug] = {
+            "summary": example.title,
+            "value": example.model_dump(exclude_none=True),
+        }
+    return responses
+
+
+def _images(fields: tuple[str, ...], kind: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": dict.fromkeys(fields, kind),
+        "required": list(fields),
+        "additionalProperties": False,
+    }
+
+
+FLOW_REQUEST = {
+    "required": True,
+    "description": "Two images of one size. JSON is read under any of the types that clients "
+    "send without saying so (`curl -d`, none at all).",
+    "content": {
+        JSON: {
+            "schema": _images(
+                ("image1_base64", "image2_base64"),
+                {
+                    "type": "string",
+                    "format": "byte",
+                    "minLength": 1,
+                    "description": "an image file in base64: plain or URL-safe, also with the "
+                    "prefix of a data URL",
+                },
+            ),
+            "example": {"image1_base64": _EXAMPLE, "image2_base64": _EXAMPLE},
+        },
+        "multipart/form-data": {
+            "schema": _images(("image1", "image2"), {"type": "string", "format": "binary"})
+        },
+    },
+}
+"""The request body of `/estimate_flow/`."""
+
+_FACTOR = {"type": "number", "exclusiveMinimum": 0}
+_VECTOR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+FLOW_RESPONSE = {
+    "description": "The flow, in the format that `Accept` asks for. "
+    + "; ".join(f"`{name}`: {format.description}" for name, format in FORMATS.items())
+    + ".",
+    "headers": {name: {"schema": _FACTOR, "required": True} for name in SCALE_HEADERS},
+    "content": dict.fromkeys(FORMATS, _BINARY)
+    | {
+        JSON: {
+            "schema": {
+                "type": "object",
+                "required": ["flow", "scale_x_back_factor", "scale_y_back_factor"],
+                "properties": {
+                    "flow": {
+                        "type": "array",
+                        "items": {"type": "array", "items": _VECTOR},
+                        "description": "[height][width][u to the right, v down]",
+                    },
+                    "scale_x_back_factor": _FACTOR | {"description": "width / 512"},
+                    "scale_y_back_factor": _FACTOR | {"description": "height / 512"},
+                },
+            },
+            "example": {
+                "flow": [[[-0.4425, 0.1344], [-0.5788, 0.4257]]],
+                "scale_x_back_factor": 4.0,
+                "scale_y_back_factor": 4.0,
+            },
+        }
+    },
+}
+"""The response of `/estimate_flow/`, in every format."""
