@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from flownet2.client import AsyncClient, Client, FlowError, Model, Result
     from flownet2.formats import FormatError, read_flow, write_flow
 
+__version__ = "1.0.0"
+
 __all__ = [
     "AsyncClient",
     "Client",

@@ -73,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_parameter)
     app.add_exception_handler(MemoryError, _on_memory_error)
-    _declare_problem(app)
+    _complete_openapi(app, key_needed=settings.api_keys_file is not None)
     return app
 
 
@@ -126,7 +126,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 async def _on_invalid_parameter(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    name = str(first["loc"][-1])
+    name = str(first["loc"][1])
     return await _on_gateway_error(
         request, InvalidParameter(f"{name}: {first['msg']}.", field=name)
     )
@@ -138,13 +138,18 @@ async def _on_memory_error(request: Request, _: Exception) -> Response:
     )
 
 
-def _declare_problem(app: FastAPI) -> None:
-    """Put the schema of errors, which no route returns as a model, into the OpenAPI document."""
+def _complete_openapi(app: FastAPI, key_needed: bool) -> None:
+    """Put into the OpenAPI document the schema of errors, which no route returns as a model, and
+    whether requests without an API key are answered."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = generate()
         document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                if "security" in operation and not key_needed and {} not in operation["security"]:
+                    operation["security"].append({})
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -47,8 +47,8 @@ class _JsonBody(msgspec.Struct, forbid_unknown_fields=True):
     """The JSON body. Its values stay what they are in it, bytes: however many objects a hostile
     one describes, none of them is made."""
 
-    image1_base64: msgspec.Raw = msgspec.Raw()  # noqa: RUF009  immutable
-    image2_base64: msgspec.Raw = msgspec.Raw()  # noqa: RUF009
+    image1_base64: msgspec.Raw = msgspec.Raw()
+    image2_base64: msgspec.Raw = msgspec.Raw()
 
 
 _JSON_DECODER = msgspec.json.Decoder(_JsonBody)
@@ -140,15 +140,13 @@ def _parse_json(body: bytearray) -> dict[str, bytes]:
         raise BadJson(f"The body must be a JSON object with {' and '.join(JSON_FIELDS)}.") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadJson(f"The body is not JSON: {error}.") from None
-    files = {}
-    for name in JSON_FIELDS:
-        value = memoryview(getattr(fields, name))
+    strings = {name: memoryview(getattr(fields, name)) for name in JSON_FIELDS}
+    for name, value in strings.items():
         if not value:
             raise MissingField(f"{name} is missing.", field=name)
-        if value[:1] != b'"':
+        if value[0] != ord('"'):
             raise WrongType(f"{name} must be a string with a base64 encoded image.", field=name)
-        files[name] = decode_base64(value, name)
-    return files
+    return {name: _decode_base64(value, name) for name, value in strings.items()}
 
 
 def _unexpected(name: str, expected: tuple[str, str]) -> UnexpectedField:
@@ -158,7 +156,7 @@ def _unexpected(name: str, expected: tuple[str, str]) -> UnexpectedField:
     )
 
 
-def decode_base64(string: memoryview, field: str) -> bytes:
+def _decode_base64(string: memoryview, field: str) -> bytes:
     """Decode base64, plain or URL-safe, wrapped, without padding, or with a data URL's prefix.
 
     Args:

@@ -1,4 +1,4 @@
-"""What can go wrong with a request: one class per cause, which is all there is to add for a new one.
+"""What can go wrong with a request: one class per cause, the one place to add one.
 
 Responses are problem details (RFC 9457). `type` is stable; `detail` is for people.
 """

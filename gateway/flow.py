@@ -14,10 +14,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
+from flownet2.formats import Flow
 from gateway import body, images
 from gateway.admission import SLOT_BYTES, Reservation
 from gateway.context import Context, context_of
-from gateway.encoding import Flow
 from gateway.errors import BodyTimeout, ClientGone, DeadlineExceeded, GatewayError
 from gateway.negotiation import ENCODINGS, Format, choose_encoding, choose_format
 from gateway.response import PiecewiseResponse

@@ -186,8 +186,8 @@ def check_native(image: Image.Image, field: str, max_pixels: int) -> None:
     """
     if min(image.size) < contract.MINIMUM_SIDE:
         raise ImageTooSmall(
-            f"{field} has {image.width}x{image.height} pixels; {contract.MINIMUM_SIDE} a side is the least. "
-            "Leave out size=native.",
+            f"{field} has {image.width}x{image.height} pixels; {contract.MINIMUM_SIDE} a side is "
+            "the least. Leave out size=native.",
             field=field,
         )
     if _padded_area(image) > max_pixels:

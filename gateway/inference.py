@@ -12,7 +12,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from flownet2 import contract
-from gateway.encoding import Flow
+from flownet2.formats import Flow
 from gateway.errors import (
     DeadlineExceeded,
     GatewayError,

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import orjson
 import zstandard
 from isal import isal_zlib
 
-from gateway.encoding import Flow, to_flo, to_json, to_kitti, to_npy, to_picture
+from flownet2.formats import Flow, to_flo, to_kitti, to_npy, to_picture
 from gateway.errors import NotAcceptable
 
 JSON = "application/json"
@@ -20,6 +21,14 @@ class Format:
     description: str
     encode: Callable[[Flow, float, float], bytes]
     compressible: bool = False
+
+
+def to_json(flow: Flow, scale_x: float, scale_y: float) -> bytes:
+    """The contract's JSON, each number as short as float32 allows."""
+    return orjson.dumps(
+        {"flow": flow, "scale_x_back_factor": scale_x, "scale_y_back_factor": scale_y},
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
 
 
 # In order of preference, where a client likes several equally.

@@ -1,4 +1,4 @@
-"""`python -m gateway.openapi` prints the OpenAPI document; the repository holds it, `openapi.json`."""
+"""`python -m gateway.openapi` prints the OpenAPI document, `openapi.json`."""
 
 import json
 

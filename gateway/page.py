@@ -1,4 +1,4 @@
-"""The page at `/`, and the API's description at `/docs`: static files, for all to read."""
+"""The page at `/`, and the description of the API at `/docs`: static files that need no API key."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,6 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 WEB = Path(__file__).parent / "web"
-
-PATHS = frozenset({"/", "/docs", "/openapi.json"})
-FOLDERS = ("/web/", "/swagger/")
-"""With `PATHS`, what needs no API key."""
 
 HEADERS = {
     "Cache-Control": "no-cache",  # kept, but asked for again: a new version is seen at once

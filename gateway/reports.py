@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 import flownet2
-from gateway.errors import InferenceUnavailable, MethodNotAllowed, Stopping
+from gateway.errors import InferenceUnavailable, MethodNotAllowed, Stopping, Unauthorized
 from gateway.metrics import CONTENT_TYPE
 from gateway.schemas import error_responses
 from gateway.state import SharedState, State
@@ -66,7 +66,7 @@ def _served(state: State) -> list[ServedModel]:
     ]
 
 
-@reports.get("/models", responses=error_responses(MethodNotAllowed))
+@reports.get("/models", responses=error_responses(Unauthorized, MethodNotAllowed))
 async def models(state: SharedState) -> Models:
     """The networks that are loaded, with the source and licence of their weights."""
     return Models(models=_served(state))
@@ -115,7 +115,8 @@ async def healthz(state: SharedState) -> Health:
 @reports.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses=error_responses(Unauthorized)
+    | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(state: SharedState) -> Response:
     """Metrics in Prometheus' text format."""

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of errors, bodies and flows beyond what FastAPI reads off the code."""
+"""What the OpenAPI document says beyond what FastAPI reads off the code: errors, bodies, flows."""
 
 from typing import Any
 

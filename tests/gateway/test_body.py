@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import json
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,6 @@ from starlette.requests import Request
 from gateway import body
 from gateway.admission import Budget, Reservation
 from gateway.errors import (
-    KINDS,
     BadBase64,
     BadJson,
     BadMultipart,
@@ -23,6 +23,7 @@ from gateway.errors import (
     WrongType,
 )
 
+WITH_SECOND = b'", "image2_base64": "YQ=="}'
 FORM = "multipart/form-data; boundary=xyz"
 
 
@@ -38,7 +39,13 @@ def test_base64_dialects(
         "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\n" if wrapped else text
     )
     text = f"data:image/png;base64,{text}" if prefixed else text
-    assert body.decode_base64(text, "image1_base64") == data
+    assert decode(text) == data
+
+
+def decode(text: str) -> bytes:
+    """The first image of a JSON body with a good second one."""
+    content = json.dumps({"image1_base64": text, "image2_base64": "YQ=="}).encode()
+    return body.parse(bytearray(content), "application/json")["image1_base64"]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +54,14 @@ def test_base64_dialects(
 )
 def test_broken_base64(text: str) -> None:
     with pytest.raises(BadBase64, match="image1_base64") as caught:
-        body.decode_base64(text, "image1_base64")
+        decode(text)
     assert caught.value.field == "image1_base64"
 
 
 @given(st.text(max_size=60))
 def test_any_text_is_decoded_or_refused(text: str) -> None:
     with contextlib.suppress(BadBase64):
-        assert body.decode_base64(text, "f")
+        assert decode(text)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,7 @@ def test_any_text_is_decoded_or_refused(text: str) -> None:
         (b'"text"', BadJson, None),
         (b"\xff\xfe{\x00}\x00", BadJson, None),
         (b"image1_base64=abc&image2_base64=def", BadJson, None),
-        (b'{"image1_base64": ' + b"1" * 5000 + b"}", BadJson, None),
+        (b'{"image1_base64": ' + b"1" * 5000 + b"}", WrongType, "image1_base64"),
         (b'{"image1_base64": ' + b"[" * 100_000, BadJson, None),
         (b'{"image1_base64": "\\ud800", "image2_base64": ""}', BadJson, None),
         (b'{"image1_base64": NaN}', BadJson, None),
@@ -75,8 +82,8 @@ def test_any_text_is_decoded_or_refused(text: str) -> None:
         (b'{"image1_base64": 1, "image2_base64": "YQ=="}', WrongType, "image1_base64"),
         (b'{"image1_base64": "YQ==", "image2_base64": null}', WrongType, "image2_base64"),
         # Values without end, each of which would become an object.
-        (b'{"image2_base64": "YQ==", "image1_base64": [[]' + b",[]" * 1000 + b"]}", BadJson, None),
-        (b'{"image1_base64": ' + b'{"":' * 200 + b"0" + b"}" * 201, BadJson, None),
+        (b'{"image1_base64": [[]' + b",[]" * 1000 + b"]}", WrongType, "image1_base64"),
+        (b'{"image1_base64": ' + b'{"":' * 200 + b"0" + b"}" * 201, WrongType, "image1_base64"),
         (b'{"image1_base64": "YQ==", "image2_base64": ["YQ=="]}', WrongType, "image2_base64"),
         (
             b'{"image1_base64": "YQ==", "image2_base64": "YQ==", "image3": 0}',
@@ -86,8 +93,16 @@ def test_any_text_is_decoded_or_refused(text: str) -> None:
         (b'{"image1_base64": "YQ==", "image2_base64": "%"}', BadBase64, "image2_base64"),
         (b'{"image1_base64": "YQ==", "image2_base64": "\xc5\xbe"}', BadBase64, "image2_base64"),
         # One wide character makes a string four times as long in memory.
-        (b'{"image1_base64": "\xf0\x9f\x98\x80' + b"A" * 2**20 + b'"}', BadBase64, None),
-        (b'{"image1_base64": "\\ud83d\\ude00' + b"A" * 2**20 + b'"}', BadBase64, None),
+        (
+            b'{"image1_base64": "\xf0\x9f\x98\x80' + b"A" * 2**20 + WITH_SECOND,
+            BadBase64,
+            "image1_base64",
+        ),
+        (
+            b'{"image1_base64": "\\ud83d\\ude00' + b"A" * 2**20 + WITH_SECOND,
+            BadBase64,
+            "image1_base64",
+        ),
         (b'{"image1_base64": "\\u002b' + b"A" * 2**20 + b'"}', MissingField, "image2_base64"),
     ],
 )
@@ -95,7 +110,7 @@ def test_broken_json(content: bytes, error: type[GatewayError], field: str | Non
     with pytest.raises(error) as caught:
         body.parse(bytearray(content), "application/json")
     assert caught.value.field == field
-    assert KINDS[error].status in (400, 422)
+    assert error.status in (400, 422)
     assert len(caught.value.detail) < 300
 
 
@@ -167,7 +182,7 @@ def test_form_with_two_files() -> None:
 def test_broken_forms(content: bytearray, content_type: str, error: type[GatewayError]) -> None:
     with pytest.raises(error) as caught:
         body.parse(content, content_type)
-    assert KINDS[type(caught.value)].status in (400, 422)
+    assert caught.value.status in (400, 422)
 
 
 @pytest.mark.parametrize("filler", [b"\r\n--xy", b"\r\n--xyq", b"\r", b"-", b"\r\n\r\n"])
@@ -184,4 +199,4 @@ def test_lookalikes_of_the_boundary_are_content(filler: bytes) -> None:
 def test_any_body_is_the_clients_error(content: bytes, content_type: str) -> None:
     with pytest.raises(GatewayError) as caught:
         body.parse(bytearray(content), content_type)
-    assert KINDS[type(caught.value)].status in (400, 422)
+    assert caught.value.status in (400, 422)

@@ -1,20 +1,17 @@
 """The client of Triton, against real Tritons: contract, meanings of errors, loss and recovery."""
 
 import asyncio
-import itertools
 import os
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from gateway import inference
 from gateway.errors import (
     DeadlineExceeded,
     ImageTooLarge,
@@ -129,13 +126,13 @@ def test_no_flow_is_a_failure(flow: np.ndarray | None) -> None:
 
 def test_names_that_do_not_resolve_are_no_crash() -> None:
     async def run() -> None:
-        cluster = Cluster(["nowhere.invalid:8001", "127.0.0.1:1"])
+        cluster = Cluster(["nowhere.invalid:8001", "127.0.0.1:1"], "flownet2")
         cluster.start()
         async with asyncio.timeout(30):
             while [one.address for one in cluster.endpoints] != ["127.0.0.1:1"]:
                 await asyncio.sleep(0.05)
         with pytest.raises(InferenceUnavailable):
-            cluster.require("flownet2", "flownet2")
+            cluster.require("flownet2")
         await cluster.close()
 
     asyncio.run(run())
@@ -146,38 +143,7 @@ def test_names_that_do_not_resolve_are_no_crash() -> None:
 )
 def test_endpoints_that_can_be_none_are_refused_at_start(host: str) -> None:
     with pytest.raises(ValueError, match=f"TRITON_ENDPOINTS: '{host}' is not host:port"):
-        Cluster(["127.0.0.1:8001", host])
-
-
-def test_whatever_goes_wrong_the_loops_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name's addresses are those of the second try, and its Triton's state of the third."""
-
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        resolve, tries, refreshes = loop.getaddrinfo, itertools.count(), itertools.count()
-
-        async def fails_once(*arguments: Any, **options: Any) -> Any:
-            if next(tries) == 0:
-                raise UnicodeError("label empty or too long")
-            return await resolve(*arguments, **options)
-
-        async def fails_twice(endpoint: Endpoint) -> None:
-            if next(refreshes) < 2:
-                raise KeyError("a bug")
-            endpoint.trouble = "third try"
-
-        monkeypatch.setattr(loop, "getaddrinfo", fails_once)
-        monkeypatch.setattr(Endpoint, "_refresh", fails_twice)
-        cluster = Cluster(["127.0.0.1:1"])
-        cluster.start()
-        async with asyncio.timeout(30):
-            while [one.trouble for one in cluster.endpoints] != ["third try"]:
-                await asyncio.sleep(0.05)
-        await cluster.close()
-
-    monkeypatch.setattr(inference, "RESOLVE_SECONDS", 0.05)
-    monkeypatch.setattr(inference, "POLL_SECONDS", 0.05)
-    asyncio.run(run())
+        Cluster(["127.0.0.1:8001", host], "flownet2")
 
 
 def test_a_proxy_is_not_for_triton(
@@ -192,7 +158,7 @@ def test_a_proxy_is_not_for_triton(
 
 def test_a_name_stands_for_its_addresses(closed_form_triton: triton.Triton) -> None:
     async def run() -> None:
-        cluster = Cluster([f"localhost:{closed_form_triton.address.grpc_port}"])
+        cluster = Cluster([f"localhost:{closed_form_triton.address.grpc_port}"], "flownet2")
         cluster.start()
         try:
             async with asyncio.timeout(30):

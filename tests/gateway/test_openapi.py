@@ -1,8 +1,7 @@
-"""What is written down about the gateway is what it does: OpenAPI, settings, versions."""
+"""What the OpenAPI document says is what the gateway does."""
 
 import base64
 import json
-import tomllib
 
 import pytest
 import schemathesis
@@ -12,10 +11,8 @@ from hypothesis.errors import Unsatisfiable
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-import gateway as package
-from gateway import errors
 from gateway.app import create_app
-from gateway.settings import Settings, table
+from gateway.settings import Settings
 from tests.support.gateway_stack import ROOT, Gateway, encoded, picture
 
 
@@ -30,42 +27,6 @@ def document(monkeypatch: pytest.MonkeyPatch) -> dict:
 def test_openapi_json_is_current(document: dict) -> None:
     committed = json.loads((ROOT / "openapi.json").read_text())
     assert committed == document, "run `python -m gateway.openapi > openapi.json`"
-
-
-def test_every_error_of_the_flow_is_declared(document: dict) -> None:
-    responses = document["paths"]["/estimate_flow/"]["post"]["responses"]
-    declared = {
-        slug
-        for response in responses.values()
-        for slug in response["content"].get(errors.MEDIA_TYPE, {}).get("examples", {})
-    }
-    elsewhere = {"unauthorized", "bad-request", "not-found", "stopping", "client-gone"}
-    assert declared == {kind.slug for kind in errors.KINDS.values()} - elsewhere
-
-
-def test_every_cause_has_its_kind() -> None:
-    causes = {
-        value
-        for value in vars(errors).values()
-        if isinstance(value, type)
-        and issubclass(value, errors.GatewayError)
-        and value is not errors.GatewayError
-    }
-    assert causes == errors.KINDS.keys()
-    slugs = [kind.slug for kind in errors.KINDS.values()]
-    assert len(set(slugs)) == len(slugs)
-
-
-def test_readme_has_the_settings() -> None:
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md is not written yet")
-    assert table() in readme.read_text(), "paste the output of `python -m gateway.settings`"
-
-
-def test_versions_agree() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert package.__version__ == project["version"]
 
 
 # Half of the strings that stand for images are images.
@@ -101,6 +62,8 @@ def test_schemathesis(
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
         answer = case.call(timeout=60)
+        if answer.status_code in (408, 504):  # it asked for an answer in next to no time
+            return
         assert answer.status_code < 500, answer.text
         case.validate_response(answer, excluded_checks=[positive_data_acceptance])
 

@@ -31,7 +31,7 @@ from tests.support.gateway_stack import (
     run_gateway,
     wait_until,
 )
-from tests.support.hostile_images import bad_images, good_images, no_palette
+from tests.support.hostile_images import bad_images, no_palette
 
 PATH = "/estimate_flow/"
 FIRST, SECOND = picture(1, 200, 120), picture(2, 200, 120)
@@ -128,16 +128,6 @@ class TestAnswers:
             with Image.open(io.BytesIO(post(accept).content)) as image:
                 assert (image.format, image.size) == ("PNG", (width, height))
 
-    def test_unusual_images(self, gateway: Gateway) -> None:
-        for name, file in good_images():
-            answer = gateway.client.post(
-                PATH,
-                files={"image1": file, "image2": file},
-                headers={"Accept": "application/x-npy"},
-            )
-            assert answer.status_code == 200, name
-            assert (np.load(io.BytesIO(answer.content)) == 0).all(), name
-
     def test_models(self, gateway: Gateway) -> None:
         models = {model["name"]: model for model in gateway.client.get("/models").json()["models"]}
         assert models["flownet2"] == {
@@ -179,7 +169,7 @@ class TestErrors:
             ("", 400, "bad-json", None),
             ("[]", 400, "bad-json", None),
             ("[" * 10**6, 400, "bad-json", None),
-            ('{"image1_base64": %s}' % ("9" * 5000), 400, "bad-json", None),
+            ('{"image1_base64": %s}' % ("9" * 5000), 422, "wrong-type", "image1_base64"),
             ('{"image1_base64": "\\udc00"}', 400, "bad-json", None),
             ("{}", 422, "missing-field", "image1_base64"),
             (json.dumps(BODY | {"extra": 1}), 422, "unexpected-field", "extra"),
@@ -427,10 +417,10 @@ class TestObservability:
         assert health["model"]["version"] == "1"
         (server,) = health["triton"]
         assert server["version"] == "2.51.0"
-        assert "wrong_type: output flow is FP16" in server["trouble"]
+        assert "wrong_type: output flow is FP16" in server["error"]
         assert (
-            "wrong_name: input frame2 is UINT8" in server["trouble"]
-            or "image2 is absent" in server["trouble"]
+            "wrong_name: input frame2 is UINT8" in server["error"]
+            or "image2 is absent" in server["error"]
         )
 
     def test_pages_have_security_headers(self, gateway: Gateway) -> None:
@@ -454,8 +444,13 @@ class TestOtherSettings:
         ) as gateway:
             client = gateway.client
             wait_until(lambda: gateway.get("/readyz") == 200)
+<<<<<<< HEAD
             for path in ("/models", "/metrics", "/nowhere", PATH):
                 answer = client.get(path)
+=======
+            for path in ("/models", "/metrics", PATH):
+                answer = client.request("POST" if path == PATH else "GET", path)
+>>>>>>> ca49fd0 (Make the gateway smaller: one class per error, one kind of reservation, an endpoint that can be found)
                 check_problem(answer, 401, "unauthorized")
                 assert answer.headers["www-authenticate"] == "Bearer"
             for headers in (
