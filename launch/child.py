@@ -11,18 +11,25 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from launch.errors import StartFailed
+from launch.errors import LaunchError
 
 KEPT_LINES = 400
 
-# Triton's error level, an exception's last line, or a crash in C++; and what Triton prints at every
-# failed start or on every machine without a GPU.
-TELLING = re.compile(r"Z E \d+ |^\w*(Error|Exception): |^terminate called ")
+# Error levels of Triton and of the gateway, an exception's last line, or a crash in C++; and what
+# Triton prints at every failed start or on every machine without a GPU.
+TELLING = re.compile(
+    r'Z E \d+ |^{.*"level":"(error|critical)"|^\w*(Error|Exception): |^terminate called '
+)
 USUAL = re.compile(r"CudaDriverHelper|Internal - failed to load all models")
 # The C++ runtime's last words. Where a stub of the Python backend speaks them, Triton waits on.
 CRASH = re.compile(r"^terminate called ")
 
 Echo = Callable[[str], None]
+
+
+def is_error(line: str) -> bool:
+    """Whether a line of a child's output says that something is wrong."""
+    return bool(TELLING.search(line) and not USUAL.search(line))
 
 
 class Child:
@@ -40,6 +47,7 @@ class Child:
         command: Sequence[str | Path],
         environment: Mapping[str, str],
         echo: Echo,
+        inherited: Sequence[int] = (),
     ) -> None:
         """Start the command.
 
@@ -48,6 +56,7 @@ class Child:
             command: program and arguments.
             environment: the whole environment of the child.
             echo: receives every line of output, without the line end.
+            inherited: file descriptors that stay open in the child.
         """
         self.name = name
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -63,6 +72,7 @@ class Child:
             errors="replace",
             bufsize=1,
             start_new_session=True,
+            pass_fds=inherited,
         )
         self._reader = threading.Thread(target=self._read, name=f"{name} log", daemon=True)
         self._reader.start()
@@ -76,25 +86,30 @@ class Child:
         """Exit status (negative: the signal that ended it), or None while it runs."""
         return self._process.poll()
 
+    def ended(self) -> str | None:
+        """A sentence on how it ended, or None while it runs."""
+        status = self.exit_status()
+        return None if status is None else f"{self.name} ended with exit status {status}"
+
     def wait_until(self, ready: Callable[[], bool], seconds: float, stop: threading.Event) -> bool:
         """Wait until `ready()`; False when `stop` was set first.
 
         Raises:
-            StartFailed: the child ended, a process of its own crashed, or `seconds` passed.
+            LaunchError: the child ended, a process of its own crashed, or `seconds` passed.
         """
         deadline = time.monotonic() + seconds
         while not ready():
             status = self.exit_status()
             if status is not None:
                 self._reader.join(timeout=2)
-                raise StartFailed(
+                raise LaunchError(
                     f"{self.name} ended with exit status {status} before it was ready: "
                     f"{self._reason()}"
                 )
             if self._crashed.is_set():
-                raise StartFailed(f"{self.name} crashed before it was ready: {self._reason()}")
+                raise LaunchError(f"{self.name} crashed before it was ready: {self._reason()}")
             if time.monotonic() > deadline:
-                raise StartFailed(
+                raise LaunchError(
                     f"{self.name} was not ready within {seconds:.0f} s: {self._reason()}"
                 )
             if stop.wait(0.1):
@@ -116,6 +131,9 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        with contextlib.suppress(ChildProcessError):  # raised when none is left
+            while True:  # the first process of a container becomes the parent of orphans
+                os.waitpid(-self.pid, 0)
         self._reader.join(timeout=2)
         if self._process.stdout:
             self._process.stdout.close()
@@ -130,5 +148,4 @@ class Child:
     def _reason(self) -> str:
         """The output line that most likely says what went wrong."""
         lines = [line.strip() for line in list(self.lines) if line.strip()]
-        telling = [line for line in lines if TELLING.search(line) and not USUAL.search(line)]
-        return (telling or lines or ["it printed nothing"])[-1]
+        return (list(filter(is_error, lines)) or lines or ["it printed nothing"])[-1]

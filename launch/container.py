@@ -1,28 +1,32 @@
 """`python -m launch.container REPOSITORY MODELS…`: what the image of Triton runs.
 
 It puts the served repository together, builds TensorRT engines where there is a GPU, chooses the
-models' configuration, and then becomes tritonserver. Until that is ready nothing listens, so the
-probes of Triton and the gateway's `/readyz` fail while an engine is built.
+models' configuration, and then keeps tritonserver running. Until that is ready nothing listens, so
+the probes of Triton and the gateway's `/readyz` fail while an engine is built.
 """
 
 import ctypes
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from export import tensorrt
 from export.repository import ONNX_OP_LIBRARY
-from launch.errors import ImageIncomplete, LaunchError
-from launch.triton import Address, check_repository, options
+from launch.check import Canary
+from launch.errors import LaunchError
+from launch.supervisor import Supervisor
+from launch.triton import Address, check_repository, options, run
 
 CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"  # files of `<model>/configs/`
 
 
 def main(arguments: list[str]) -> int:
-    """Start tritonserver in this process; returns only when it cannot start."""
+    """Serve until SIGTERM or SIGINT; 1 when Triton cannot start or is given up."""
     if len(arguments) < 2:
         print("usage: python -m launch.container REPOSITORY MODELS…", file=sys.stderr)
         return 2
@@ -34,15 +38,22 @@ def main(arguments: list[str]) -> int:
         models = assemble(repository, [Path(folder) for folder in arguments[1:]])
         check_repository(repository)
         configuration = choose_configuration(repository, models)
+        _say(f"serving {', '.join(models)} with the {configuration} configuration")
+        command = ["tritonserver", *options(repository, address, configuration)]
+        if configuration == TENSORRT:
+            command.append(f"--backend-config=tensorrt,plugins={tensorrt.PLUGIN}")
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        canary = Canary(address.host, address.http_port)
+        start = functools.partial(run, command, os.environ, address, _print)
+        with Supervisor(start, canary.fault, _say) as server:
+            while not stop.wait(0.2):
+                server.ready()
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _say(f"serving {', '.join(models)} with the {configuration} configuration")
-    command = ["tritonserver", *options(repository, address, configuration)]
-    if configuration == TENSORRT:
-        command.append(f"--backend-config=tensorrt,plugins={tensorrt.PLUGIN}")
-    sys.stdout.flush()
-    os.execvp(command[0], command)  # noqa: S606
+    return 0
 
 
 def assemble(repository: Path, sources: list[Path]) -> list[str]:
@@ -82,7 +93,7 @@ def choose_configuration(repository: Path, models: list[str]) -> str:
     """The fastest configuration that this machine can serve, after building what it needs.
 
     Raises:
-        ImageIncomplete: there is a GPU, and the ONNX Runtime op does not load.
+        LaunchError: there is a GPU, and the ONNX Runtime op does not load.
     """
     try:
         _say(f"GPU: {tensorrt.find_gpu().name}")
@@ -91,7 +102,7 @@ def choose_configuration(repository: Path, models: list[str]) -> str:
         return CPU
     trouble = why_not_loading(ONNX_OP_LIBRARY)
     if trouble:
-        raise ImageIncomplete(f"{ONNX_OP_LIBRARY} does not load, build the image anew: {trouble}")
+        raise LaunchError(f"{ONNX_OP_LIBRARY} does not load, build the image anew: {trouble}")
     trouble = why_not_loading(tensorrt.PLUGIN)
     if trouble:  # Triton would log it, and then fail on the engine
         _say(f"warning: TensorRT is not used: {tensorrt.PLUGIN} does not load: {trouble}")
@@ -125,7 +136,11 @@ def build_engine(repository: Path, name: str) -> bool:
 
 
 def _say(text: str) -> None:
-    print(f"start: {text}", flush=True)
+    _print(f"start: {text}")
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from launch.check import answers_ok, reachable
 from launch.child import Child, Echo
-from launch.triton import Address, answers_ok, reachable
+from launch.triton import Address, is_ready
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0  # it gives requests in flight 25 seconds
@@ -26,6 +27,8 @@ def serve(
 ) -> Iterator[Child]:
     """Run a gateway on Triton's host, ready when the block begins, gone after it.
 
+    Where its Triton is not ready either, it is enough that the gateway answers.
+
     Args:
         triton: where its Triton listens.
         port: where it listens itself.
@@ -34,7 +37,7 @@ def serve(
         settings: environment variables of the gateway besides those of this process.
 
     Raises:
-        StartFailed: it ended, or was not ready in time.
+        LaunchError: it ended, or was not ready in time.
     """
     search = (str(PROJECT), os.environ.get("PYTHONPATH", ""))
     environment = {
@@ -49,10 +52,23 @@ def serve(
     child = Child("gateway", [sys.executable, "-m", "gateway"], environment, echo)
     try:
         child.wait_until(
-            lambda: answers_ok(triton.host, port, "/readyz"),
+            lambda: (
+                answers_ok(triton.host, port, "/readyz")
+                or (not is_ready(triton) and answers_ok(triton.host, port, "/livez"))
+            ),
             START_SECONDS,
             stop or threading.Event(),
         )
         yield child
     finally:
         child.stop(STOP_SECONDS)
+
+
+def fault(host: str, port: int) -> None:
+    """Make sure that a gateway answers.
+
+    Raises:
+        OSError: it does not.
+    """
+    if not answers_ok(host, port, "/livez"):
+        raise TimeoutError

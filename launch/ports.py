@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 
-from launch.errors import BadSetting, PortUnavailable
+from launch.errors import LaunchError
 
 
 def host_from_environment(variable: str, default: str) -> str:
@@ -15,13 +15,13 @@ def host_from_environment(variable: str, default: str) -> str:
     A name is looked up here, once: Triton's HTTP server takes numbers alone.
 
     Raises:
-        BadSetting: it has no IPv4 address.
+        LaunchError: it has no IPv4 address.
     """
     text = os.environ.get(variable) or default
     try:
         return str(socket.getaddrinfo(text, None, socket.AF_INET)[0][4][0])
     except (socket.gaierror, UnicodeError) as error:
-        raise BadSetting(
+        raise LaunchError(
             f"{variable}={text} is not an IPv4 address, nor the name of one: "
             "set it to 127.0.0.1, or to 0.0.0.0 to be reached from other machines"
         ) from error
@@ -31,11 +31,11 @@ def port_from_environment(variable: str, default: int) -> int:
     """The port that an environment variable names.
 
     Raises:
-        BadSetting: it holds something else.
+        LaunchError: it holds something else.
     """
     text = os.environ.get(variable) or str(default)
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
-        raise BadSetting(f"{variable}={text} is not a port: set it to a number from 1 to 65535")
+        raise LaunchError(f"{variable}={text} is not a port: set it to a number from 1 to 65535")
     return int(text)
 
 
@@ -47,13 +47,13 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
         ports: the environment variable that sets a port -> the port.
 
     Raises:
-        PortUnavailable: a port is taken, needs privileges, or stands there twice.
-        BadSetting: `host` is no address of this machine.
+        LaunchError: a port is taken, needs privileges, or stands there twice; or `host` is no
+            address of this machine.
     """
     owners: dict[int, str] = {}
     for variable, port in ports.items():
         if port in owners:
-            raise PortUnavailable(
+            raise LaunchError(
                 f"{owners[port]} and {variable} are both {port}: give each a port of its own"
             )
         owners[port] = variable
@@ -61,16 +61,16 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
             # As the servers do: a port in TIME_WAIT is free, one that is listened on is not.
             socket.create_server((host, port)).close()
         except PermissionError as error:
-            raise PortUnavailable(
+            raise LaunchError(
                 f"port {port} ({variable}) needs root: set {variable} to a port from 1024 up"
             ) from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise PortUnavailable(
+                raise LaunchError(
                     f"port {port} on {host} is taken: stop the program that listens there, "
                     f"or set {variable} to a free port"
                 ) from error
-            raise BadSetting(
+            raise LaunchError(
                 f"HOST={host} cannot be listened on: {os.strerror(error.errno or 0)}"
             ) from error
 

@@ -15,31 +15,22 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 
+from launch.check import answers_ok
 from launch.child import Child, Echo
-from launch.errors import (
-    BadSetting,
-    ModelMissing,
-    ServerMissing,
-    SharedLibraryMissing,
-    StubMissing,
-)
+from launch.errors import LaunchError
 from launch.ports import check_free, free_ports, host_from_environment, port_from_environment
+from launch.shared_memory import region_names
 
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 
 # Nobody but the operator may touch these; the key is random and kept nowhere, so nobody can.
 # Loading and unloading models needs no entry: --model-control-mode=none refuses it.
 RESTRICTED = "shared-memory,trace,logging"
-
-# What runs on this machine is asked without the proxy that the environment may name.
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Address:
         """The address that HOST and TRITON_HTTP_PORT, _GRPC_PORT and _METRICS_PORT give.
 
         Raises:
-            BadSetting: HOST is no IPv4 address, or one of the three not a port.
+            LaunchError: HOST is no IPv4 address, or one of the three not a port.
         """
         return cls(
             host=host_from_environment("HOST", "127.0.0.1"),
@@ -113,7 +104,7 @@ def serve(
         stop: set from elsewhere, ends the wait for readiness early.
 
     Raises:
-        LaunchError: the server cannot start; the subclass and the message say why.
+        LaunchError: the server cannot start.
     """
     address = address or local_address()
     check_repository(repository)
@@ -131,18 +122,42 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="flownet2-triton-") as folder:
         # The Python backend hands paths of models and of itself to a shell, unquoted.
         if shlex.quote(folder) != folder:
-            raise BadSetting(
+            raise LaunchError(
                 f"TMPDIR={tempfile.gettempdir()} has a space or another letter that a "
                 "shell may misread: set it to a folder without one, such as /tmp"
             )
         models = Path(folder) / "models"
         models.symlink_to(repository.resolve())
         backends = _backends(wheel, stub, Path(folder))
-        command = _command(wheel, models, backends, address, config_name)
-        child = Child("triton", command, environment, echo)
-        try:
-            child.wait_until(lambda: is_ready(address), START_SECONDS, stop or threading.Event())
+        command = [
+            str(wheel / "bin" / "tritonserver"),
+            *options(models, address, config_name),
+            f"--backend-directory={backends}",
+            "--allow-gpu-metrics=false",
+        ]
+        with run(command, environment, address, echo, stop or threading.Event()) as child:
             yield Triton(address, child)
+
+
+@contextlib.contextmanager
+def run(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str],
+    address: Address,
+    echo: Echo,
+    stop: threading.Event,
+) -> Iterator[Child]:
+    """Run a tritonserver with these arguments, ready when the block begins, gone after it.
+
+    Raises:
+        LaunchError: it ended, or was not ready in time.
+    """
+    with region_names() as (prefix, lock):
+        regions = f"--backend-config=python,shm-region-prefix-name={prefix}"
+        child = Child("Triton", [*command, regions], environment, echo, inherited=[lock])
+        try:
+            child.wait_until(lambda: is_ready(address), START_SECONDS, stop)
+            yield child
         finally:
             child.stop(STOP_SECONDS)
 
@@ -152,31 +167,17 @@ def is_ready(address: Address) -> bool:
     return answers_ok(address.host, address.http_port, "/v2/health/ready")
 
 
-def answers_ok(host: str, port: int, path: str) -> bool:
-    """True when a GET of `path` is answered with status 200."""
-    try:
-        with _open(f"http://{reachable(host)}:{port}{path}", timeout=2) as answer:
-            return bool(answer.status == HTTPStatus.OK)
-    except OSError:  # urllib's own errors are OSErrors too
-        return False
-
-
-def reachable(host: str) -> str:
-    """An address that reaches a server bound to `host` (0.0.0.0 is no destination)."""
-    return {"0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104
-
-
 def check_repository(repository: Path) -> None:
     """Make sure that at least one model is there and that each has its ONNX file.
 
     Raises:
-        ModelMissing: no model, or one without `model.onnx`.
+        LaunchError: no model, or one without `model.onnx`.
     """
     models = sorted(path.parent for path in repository.glob("*/config.pbtxt"))
     incomplete = [model for model in models if not any(model.glob("*/model.*"))]
     if not models or incomplete:
         missing = (incomplete[0] if incomplete else repository / "flownet2") / "1" / "model.onnx"
-        raise ModelMissing(
+        raise LaunchError(
             f"{missing} is missing: `make model` writes it from the weights that ship, "
             f"`python -m export --network … --weights FILE --repository {repository}` from yours"
         )
@@ -192,7 +193,7 @@ def _wheel() -> Path:
     package = importlib.util.find_spec("pytriton")
     folder = Path(package.origin).parent / "tritonserver" if package and package.origin else None
     if folder is None or not (folder / "bin" / "tritonserver").is_file():
-        raise ServerMissing(
+        raise LaunchError(
             "tritonserver is not installed in this Python environment: "
             "`pip install --no-deps nvidia-pytriton==0.7.0` (x86-64 and arm64 Linux only)"
         )
@@ -225,7 +226,7 @@ def _stub(wheel: Path, environment: dict[str, str]) -> Path:
         known = ", ".join(
             sorted((one.name for one in stubs.iterdir()), key=lambda name: int(name.split(".")[1]))
         )
-        raise StubMissing(
+        raise LaunchError(
             f"tritonserver's Python backend has no stub for Python {version}: "
             f"make the environment with one of Python {known}"
         )
@@ -243,7 +244,7 @@ def _stub(wheel: Path, environment: dict[str, str]) -> Path:
             if python
             else f"install the package that holds it (`apt-file search {library}` names it)"
         )
-        raise SharedLibraryMissing(
+        raise LaunchError(
             f"tritonserver's Python backend needs the shared library {library}: {remedy}"
         )
     return stub
@@ -259,17 +260,6 @@ def _backends(wheel: Path, stub: Path, folder: Path) -> Path:
     for file in (*(wheel / "backends" / "python").glob("*triton_python*"), stub):
         (python / file.name).symlink_to(file)
     return python.parent
-
-
-def _command(
-    wheel: Path, repository: Path, backends: Path, address: Address, config_name: str | None
-) -> list[str]:
-    return [
-        str(wheel / "bin" / "tritonserver"),
-        *options(repository, address, config_name),
-        f"--backend-directory={backends}",
-        "--allow-gpu-metrics=false",
-    ]
 
 
 def options(repository: Path, address: Address, config_name: str | None) -> list[str]:

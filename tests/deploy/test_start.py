@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from export import tensorrt
 from launch import container, triton
-from launch.errors import ImageIncomplete
+from launch.check import answers_ok
+from launch.errors import LaunchError
 from launch.ports import free_ports
+from tests.support.gateway_stack import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +132,7 @@ def test_the_fastest_configuration_that_works_is_chosen(
 
 def test_without_the_op_a_gpu_cannot_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: GPU)
-    with pytest.raises(ImageIncomplete, match=r"libflownet2_onnxruntime\.so does not load"):
+    with pytest.raises(LaunchError, match=r"libflownet2_onnxruntime\.so does not load"):
         container.choose_configuration(tmp_path, ["flownet2"])
 
 
@@ -166,7 +169,7 @@ class Start:
             )
 
     def get(self, path: str) -> bool:
-        return triton.answers_ok("127.0.0.1", self.http, path)
+        return answers_ok("127.0.0.1", self.http, path)
 
 
 def write_tritonserver(folder: Path) -> str:
@@ -197,13 +200,14 @@ def test_it_serves_and_stops(tmp_path: Path, closed_form_repository: Path) -> No
             assert time.monotonic() < deadline, start.log.read_text()
             time.sleep(0.1)
         assert start.get("/v2/models/flownet2/ready")
-        # The process is tritonserver itself: signals and exit status are its own.
-        command = Path(f"/proc/{start.process.pid}/cmdline").read_bytes().split(b"\0")
-        assert command[0].endswith(b"/bin/tritonserver")
-        assert b"--model-config-name=cpu" in command
-        assert b"--model-control-mode=none" in command
+        (server,) = psutil.Process(start.process.pid).children()
+        assert server.name() == "tritonserver"
+        assert {"--model-config-name=cpu", "--model-control-mode=none"} <= set(server.cmdline())
         log = start.log.read_text()
         assert "start: serving flownet2 with the cpu configuration" in log
+        server.kill()
+        wait_until(lambda: "starting it again" in start.log.read_text())
+        wait_until(lambda: start.get("/v2/health/ready"))
         start.process.send_signal(signal.SIGTERM)
         assert start.process.wait(60) == 0
     finally:

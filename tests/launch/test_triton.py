@@ -3,174 +3,22 @@
 import http.server
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from launch import triton
-from launch.child import Child
-from launch.errors import (
-    BadSetting,
-    ModelMissing,
-    PortUnavailable,
-    ServerMissing,
-    SharedLibraryMissing,
-    StartFailed,
-    StubMissing,
-)
+from launch.errors import LaunchError
 from launch.ports import check_free, free_ports, host_from_environment
-from tests.support.gateway_stack import write_model
+from tests.support.gateway_stack import wait_until, write_model
 
 PROJECT = Path(__file__).parents[2]
-
-
-def processes_of_group(group: int) -> list[str]:
-    """Commands of all processes, zombies apart, that belong to a process group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            head, _, tail = stat.read_text().rpartition(")")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _, process_group = tail.split()[:3]
-        if int(process_group) == group and state != "Z":
-            found.append(head.partition("(")[2])
-    return found
-
-
-def wait_for(condition: object, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.05)
-
-
-class Launcher:
-    """`python -m launch` over a repository, on ports of its own."""
-
-    def __init__(self, repository: Path, *prefix: str, **environment: str) -> None:
-        self.port, http, grpc, metrics = free_ports(4)
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "launch"],
-            cwd=PROJECT,
-            env={
-                **os.environ,
-                "MODEL_REPOSITORY": str(repository),
-                "PORT": str(self.port),
-                "TRITON_HTTP_PORT": str(http),
-                "TRITON_GRPC_PORT": str(grpc),
-                "TRITON_METRICS_PORT": str(metrics),
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.ports = (self.port, http, grpc, metrics)
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self.lines.append(line)
-
-    def wait_until_ready(self) -> None:
-        wait_for(lambda: self.said("ready on http") or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, self.process.stderr.read()  # type: ignore[union-attr]
-
-    def said(self, words: str) -> bool:
-        return any(words in line for line in self.lines)
-
-    def groups(self) -> list[int]:
-        """Process groups of the children: each leads its own."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(child) for child in children.split()]
-
-    def stop(self, number: int) -> int:
-        self.process.send_signal(number)
-        status = self.process.wait(timeout=60)
-        self._reader.join(timeout=10)
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-        return status
-
-
-@pytest.fixture
-def launcher(closed_form_repository: Path) -> Iterator[Launcher]:
-    running = Launcher(closed_form_repository)
-    running.wait_until_ready()
-    yield running
-    if running.process.poll() is None:
-        running.stop(signal.SIGTERM)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_stops_both_children_and_leaves_no_process(
-    launcher: Launcher, number: signal.Signals
-) -> None:
-    groups = launcher.groups()
-    names = [name for group in groups for name in processes_of_group(group)]
-    assert len(groups) == 2
-    assert {"tritonserver", "triton_python_b"} <= set(names)  # names are cut to 15 letters
-    assert launcher.stop(number) == 0
-    assert [processes_of_group(group) for group in groups] == [[], []]
-    check_free("127.0.0.1", {str(port): port for port in launcher.ports})
-
-
-def test_logs_say_who_speaks(launcher: Launcher) -> None:
-    assert {line.partition(" ")[0] for line in launcher.lines if line.strip()} == {
-        "triton",
-        "gateway",
-        "launch",
-    }
-
-
-def test_two_copies_run_side_by_side(launcher: Launcher, closed_form_repository: Path) -> None:
-    other = Launcher(closed_form_repository)
-    try:
-        other.wait_until_ready()
-        for port in (launcher.port, other.port):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
-                assert answer.status == 200
-    finally:
-        other.stop(signal.SIGINT)
-    assert triton.answers_ok("127.0.0.1", launcher.port, "/readyz")
-
-
-def test_nohup_keeps_it_running(closed_form_repository: Path) -> None:
-    running = Launcher(closed_form_repository, "nohup")
-    running.wait_until_ready()
-    running.process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        running.process.wait(timeout=2)
-    assert running.stop(signal.SIGTERM) == 0
-
-
-def test_children_end_when_the_launcher_is_killed(launcher: Launcher) -> None:
-    groups = launcher.groups()
-    launcher.stop(signal.SIGKILL)
-    wait_for(lambda: not any(processes_of_group(group) for group in groups))
-
-
-def test_one_child_that_dies_ends_the_other(launcher: Launcher) -> None:
-    groups = launcher.groups()
-    server = next(group for group in groups if "tritonserver" in processes_of_group(group))
-    os.killpg(server, signal.SIGKILL)
-    assert launcher.process.wait(timeout=60) == 1
-    assert launcher.process.stderr is not None
-    assert "error: triton ended by itself with exit status -9" in launcher.process.stderr.read()
-    assert [processes_of_group(group) for group in groups] == [[], []]
-    launcher.stop(signal.SIGTERM)
 
 
 def run_launch(environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -213,25 +61,25 @@ def test_port_that_is_none_is_refused(port: str) -> None:
 
 
 def test_missing_model_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(ModelMissing, match="`make model` writes it"), triton.serve(tmp_path):
+    with pytest.raises(LaunchError, match="`make model` writes it"), triton.serve(tmp_path):
         pass
 
 
 def test_configuration_without_its_model_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "flownet2").mkdir()
     (tmp_path / "flownet2" / "config.pbtxt").write_text('name: "flownet2"')
-    with pytest.raises(ModelMissing, match=r"flownet2/1/model\.onnx is missing"):
+    with pytest.raises(LaunchError, match=r"flownet2/1/model\.onnx is missing"):
         triton.check_repository(tmp_path)
 
 
 def test_same_port_twice_names_both_variables() -> None:
     (port,) = free_ports(1)
-    with pytest.raises(PortUnavailable, match="PORT and TRITON_HTTP_PORT are both"):
+    with pytest.raises(LaunchError, match="PORT and TRITON_HTTP_PORT are both"):
         check_free("127.0.0.1", {"PORT": port, "TRITON_HTTP_PORT": port})
 
 
 def test_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(BadSetting, match=r"HOST=192\.0\.2\.1 cannot be listened on"):
+    with pytest.raises(LaunchError, match=r"HOST=192\.0\.2\.1 cannot be listened on"):
         check_free("192.0.2.1", {"PORT": free_ports(1)[0]})
 
 
@@ -252,7 +100,7 @@ def test_host_without_an_ipv4_address_is_refused(host: str) -> None:
 
 def test_own_servers_are_asked_without_a_proxy(closed_form_triton: triton.Triton) -> None:
     address = closed_form_triton.address
-    code = f"from launch.triton import answers_ok as ok; ok({address.host!r}, {address.http_port}, "
+    code = f"from launch.check import answers_ok as ok; ok({address.host!r}, {address.http_port}, "
     code += "'/v2/health/ready') or exit('no answer')"
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
     environment = {**os.environ, "http_proxy": nobody, "no_proxy": ""}
@@ -274,7 +122,7 @@ def test_folder_for_temporary_files_may_hold_none(
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     with (
-        pytest.raises(BadSetting, match=r"TMPDIR=.*a b has a space"),
+        pytest.raises(LaunchError, match=r"TMPDIR=.*a b has a space"),
         triton.serve(closed_form_repository),
     ):
         pass
@@ -285,7 +133,7 @@ def test_missing_wheel_names_the_package(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with (
-        pytest.raises(ServerMissing, match=r"pip install --no-deps nvidia-pytriton"),
+        pytest.raises(LaunchError, match=r"pip install --no-deps nvidia-pytriton"),
         triton.serve(closed_form_repository),
     ):
         pass
@@ -304,7 +152,7 @@ def wheel_with_stub(folder: Path, script: str) -> Path:
 def test_python_without_stub_names_those_that_have_one(tmp_path: Path) -> None:
     for version in ("3.9", "3.10"):
         (tmp_path / "python_backend_stubs" / version).mkdir(parents=True)
-    with pytest.raises(StubMissing, match=r"one of Python 3\.9, 3\.10"):
+    with pytest.raises(LaunchError, match=r"one of Python 3\.9, 3\.10"):
         triton._stub(tmp_path, {})
 
 
@@ -314,7 +162,7 @@ def test_missing_libpython_names_its_package(tmp_path: Path) -> None:
         "echo 'stub: error while loading shared libraries: libpython3.12.so.1.0: "
         "cannot open shared object file: No such file or directory' >&2; exit 127",
     )
-    with pytest.raises(SharedLibraryMissing, match=r"Debian package libpython3\.12 "):
+    with pytest.raises(LaunchError, match=r"Debian package libpython3\.12 "):
         triton._stub(wheel, {})
 
 
@@ -337,7 +185,7 @@ def test_loader_reports_a_library_that_really_is_missing(tmp_path: Path) -> None
     stub = tmp_path / "python_backend_stubs" / version / "triton_python_backend_stub"
     stub.parent.mkdir(parents=True)
     stub.symlink_to(missing[0])
-    with pytest.raises(SharedLibraryMissing, match=f"libpython{missing[0].parent.name}"):
+    with pytest.raises(LaunchError, match=f"libpython{missing[0].parent.name}"):
         triton._stub(tmp_path, environment)
 
 
@@ -351,7 +199,7 @@ def test_model_that_fails_to_load_gives_its_reason(tmp_path: Path) -> None:
         'output { name: "b" data_type: TYPE_FP32 dims: 1 }\n'
         "instance_group { kind: KIND_CPU }\n"
     )
-    with pytest.raises(StartFailed, match="no such weights"), triton.serve(tmp_path):
+    with pytest.raises(LaunchError, match="no such weights"), triton.serve(tmp_path):
         pass
 
 
@@ -381,46 +229,6 @@ def test_admin_endpoints_are_closed(closed_form_triton: triton.Triton) -> None:
 def test_metrics_are_served(closed_form_triton: triton.Triton) -> None:
     with urllib.request.urlopen(closed_form_triton.address.metrics) as answer:
         assert "nv_inference_count" in answer.read().decode()
-
-
-def test_child_that_ignores_sigterm_is_killed_with_its_own_children() -> None:
-    said: list[str] = []
-    script = "trap '' TERM; sleep 600 & echo up; while :; do sleep 1; done"
-    child = Child("stubborn", ["/bin/sh", "-c", script], os.environ, said.append)
-    wait_for(lambda: "up" in said)
-    child.stop(grace=0.3)
-    assert child.exit_status() == -signal.SIGKILL
-    assert processes_of_group(child.pid) == []
-    assert said[-1] == "stubborn: still running after 0 s, killed"
-
-
-def test_child_that_is_never_ready_times_out() -> None:
-    child = Child("slow", ["/bin/sh", "-c", "echo loading; sleep 600"], os.environ, lambda _: None)
-    try:
-        with pytest.raises(StartFailed, match=r"slow was not ready within 1 s: loading"):
-            child.wait_until(lambda: False, 1.0, threading.Event())
-    finally:
-        child.kill()
-
-
-def test_crash_of_what_a_child_started_ends_the_wait() -> None:
-    script = "echo 'terminate called after throwing an instance of std::x'; echo; sleep 600"
-    child = Child("broken", ["/bin/sh", "-c", script], os.environ, lambda _: None)
-    try:
-        with pytest.raises(StartFailed, match="broken crashed before it was ready: terminate"):
-            child.wait_until(lambda: False, 60.0, threading.Event())
-    finally:
-        child.kill()
-
-
-def test_stop_ends_the_wait_for_readiness() -> None:
-    stop = threading.Event()
-    stop.set()
-    child = Child("slow", ["/bin/sleep", "600"], os.environ, lambda _: None)
-    try:
-        assert child.wait_until(lambda: False, 60.0, stop) is False
-    finally:
-        child.kill()
 
 
 def test_spans_of_triton_join_the_callers_trace(
@@ -453,5 +261,5 @@ def test_spans_of_triton_join_the_callers_trace(
             )
             urllib.request.urlopen(request).close()
         # Spans that are still waiting are sent when the server stops.
-        wait_for(lambda: any(trace.encode() in one for one in bodies))
+        wait_until(lambda: any(trace.encode() in one for one in bodies))
         collector.shutdown()

@@ -1,0 +1,179 @@
+"""`python -m launch`: what it says, how it ends, and that it brings back whatever dies."""
+
+import http.client
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.check import answers_ok
+from launch.ports import check_free, free_ports
+from tests.support.gateway_stack import (
+    as_json,
+    encoded,
+    expected_flow,
+    picture,
+    wait_until,
+    write_model,
+)
+from tests.support.processes import processes_of_group
+
+PROJECT = Path(__file__).parents[2]
+IMAGES = [picture(seed) for seed in (1, 2)]
+
+
+class Launcher:
+    """`python -m launch` over a repository, on ports of its own."""
+
+    def __init__(self, repository: Path, *prefix: str, **environment: str) -> None:
+        self.port, self.http, grpc, metrics = free_ports(4)
+        self.ports = (self.port, self.http, grpc, metrics)
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "launch"],
+            cwd=PROJECT,
+            env={
+                **os.environ,
+                "MODEL_REPOSITORY": str(repository),
+                "PORT": str(self.port),
+                "TRITON_HTTP_PORT": str(self.http),
+                "TRITON_GRPC_PORT": str(grpc),
+                "TRITON_METRICS_PORT": str(metrics),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        wait_until(lambda: self.said("Ready: ") or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.lines
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self.lines.append(line)
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
+
+    def groups(self) -> list[int]:
+        """Process groups of the children: each leads its own."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+
+    def processes(self) -> dict[str, int]:
+        """Processes of the children, by name."""
+        found: dict[str, int] = {}
+        for group in self.groups():
+            found |= processes_of_group(group)
+        return found
+
+    def stop(self, number: int) -> int:
+        self.process.send_signal(number)
+        status = self.process.wait(timeout=60)
+        self._reader.join(timeout=10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launcher(repository: Path) -> Iterator[Launcher]:
+    running = Launcher(repository)
+    yield running
+    running.stop(signal.SIGTERM)
+
+
+def test_a_handful_of_lines_ends_in_the_address(launcher: Launcher) -> None:
+    assert f"open http://127.0.0.1:{launcher.port}/ " in launcher.lines[-1]
+    assert len(launcher.lines) <= 5
+    (log,) = [word for word in launcher.lines[0].split() if word.endswith(".log)")]
+    assert "| flownet2 " in Path(log.rstrip(")")).read_text()  # Triton's table of models
+
+
+@pytest.mark.parametrize(
+    "victim", ["tritonserver", "triton_python_backend_stub", "gateway", "deep JSON"]
+)
+def test_what_dies_comes_back(launcher: Launcher, victim: str) -> None:
+    assert is_flow_right(launcher)
+    if victim == "deep JSON":  # ends tritonserver 2.51 in a stack overflow
+        infer = f"http://127.0.0.1:{launcher.http}/v2/models/flownet2/infer"
+        with pytest.raises(OSError, match=r"closed|reset"):
+            urllib.request.urlopen(infer, b"[" * 300_000)
+    elif victim == "gateway":
+        (gateway,) = (
+            group for group in launcher.groups() if "tritonserver" not in processes_of_group(group)
+        )
+        os.kill(gateway, signal.SIGKILL)
+    else:
+        os.kill(launcher.processes()[victim], signal.SIGKILL)
+    wait_until(lambda: not is_flow_right(launcher))
+    wait_until(lambda: is_flow_right(launcher))
+    assert launcher.said("starting it again")
+
+
+def is_flow_right(launcher: Launcher) -> bool:
+    """Whether the service answers; what it answers must be right."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{launcher.port}/estimate_flow/",
+        json.dumps(as_json(*map(encoded, IMAGES))).encode(),
+        {"Accept": "application/x-npy", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request) as answer:
+            flow = np.load(io.BytesIO(answer.read()))
+    except urllib.error.HTTPError as error:
+        with error:
+            refusal = (error.status, error.headers["Retry-After"])
+        assert refusal == (503, "1")
+        return False
+    except (OSError, http.client.HTTPException):  # the gateway is away
+        return False
+    np.testing.assert_allclose(flow, expected_flow(*IMAGES), atol=1e-4)
+    return True
+
+
+def test_two_copies_run_side_by_side_until_ctrl_c(launcher: Launcher, repository: Path) -> None:
+    other = Launcher(repository, VERBOSE="1")
+    assert answers_ok("127.0.0.1", other.port, "/readyz")
+    groups = other.groups()
+    assert {"tritonserver", "triton_python_backend_stub"} <= set(other.processes())
+    assert {"triton", "gateway"} <= {line.partition(" ")[0] for line in other.lines}
+    assert other.stop(signal.SIGINT) == 0
+    assert not any(map(processes_of_group, groups))
+    check_free("127.0.0.1", {str(port): port for port in other.ports})
+    assert answers_ok("127.0.0.1", launcher.port, "/readyz")
+
+
+def test_nohup_keeps_it_running_until_sigterm(repository: Path) -> None:
+    running = Launcher(repository, "nohup")
+    groups = running.groups()
+    running.process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(timeout=2)
+    assert running.stop(signal.SIGTERM) == 0
+    assert not any(map(processes_of_group, groups))
+
+
+def test_children_end_when_the_launcher_is_killed(repository: Path) -> None:
+    running = Launcher(repository)
+    groups = running.groups()
+    running.stop(signal.SIGKILL)
+    wait_until(lambda: not any(map(processes_of_group, groups)))
