@@ -50,8 +50,9 @@ $(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipp
 
 # An environment is made anew when what it installs has changed.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[serve]'
-	$(PIP_INSTALL) --no-deps nvidia-pytriton
+	@echo "Installing what the service needs into $(VENV): a minute or two, at the first start alone"
+	@$(PIP_INSTALL) -e '.[serve]'
+	@$(PIP_INSTALL) --no-deps nvidia-pytriton
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
