@@ -41,7 +41,10 @@ class FlowError(Exception):
         type: the problem's name, the same as the gateway's (`urn:problem-type:flownet2:…`).
         detail: what is wrong and what to change.
         field: the image or parameter that it is about.
+        unavailable: whether it is because servers are full or away, whatever the images.
     """
+
+    unavailable = False
 
     def __init__(self, type: str, detail: str, field: str | None = None) -> None:
         super().__init__(detail)
@@ -77,6 +80,7 @@ class Model:
     weights_source: str | None = None
     weights_license: str | None = None
     weights_sha256: str | None = None
+    default: bool = False
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> Self:
@@ -233,7 +237,11 @@ class _Triton:
             facts = {key: value.string_value for key, value in config.parameters.items()}
             count = facts.pop("parameters", "")
             parameters = int(count) if count.isdecimal() else None
-            return Model.of({**facts, "name": name, "version": version, "parameters": parameters})
+            default = name == MODEL_NAME
+            return Model.of(
+                facts
+                | {"name": name, "version": version, "parameters": parameters, "default": default}
+            )
 
         index = await self._ask(self._client.get_model_repository_index)
         ready = [one for one in index.models if one.state == "READY"]
@@ -355,6 +363,19 @@ class AsyncClient:
         """The networks that a server has loaded; FlowError where none answers."""
         return await self._share(lambda endpoint: endpoint.models())
 
+    async def model(self) -> Model:
+        """The network that this client asks; FlowError where no server has it."""
+        models = await self.models()
+        for model in models:
+            if model.name == self._model or (self._model is None and model.default):
+                return model
+        raise FlowError(
+            PROBLEM + "unknown-model",
+            f"{', '.join(self.urls)} serves no model {self._model or MODEL_NAME}; there are "
+            f"{', '.join(model.name for model in models) or 'none'}",
+            "model",
+        )
+
     async def _share(self, ask: Callable[[_Endpoint], Awaitable[T]]) -> T:
         """Ask the least busy endpoint, and others while endpoints are not available."""
         loop = asyncio.get_running_loop()
@@ -371,6 +392,7 @@ class AsyncClient:
                 load.rests_until = loop.time() + error.seconds
                 give_up = give_up or loop.time() + self._patience
                 if loop.time() + error.seconds > give_up and self._all_rest():
+                    error.error.unavailable = True
                     raise error.error from error
             finally:
                 load.under_way -= 1

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from PIL import Image
 from flownet2 import storage
 
 Pixels = npt.NDArray[np.uint8]
-Source = str | os.PathLike[str] | bytes | Image.Image | Pixels
+Source = str | os.PathLike[str] | bytes | Image.Image | Pixels | Callable[[], Pixels]
 
 _SENT_AS_THEY_ARE = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")  # what a gateway takes: PNG, JPEG, WebP
 
@@ -22,10 +23,14 @@ class ImageError(ValueError):
 
 
 class Frame:
-    """One image, read when it is first needed, and converted once for all of its pairs."""
+    """One image, read when it is first needed, and converted once for all of its pairs.
+
+    Any number of threads may ask it.
+    """
 
     def __init__(self, source: Source, name: str = "image") -> None:
-        """Take a path, a URL, an image file's bytes, a Pillow image, or uint8 RGB `[H, W, 3]`.
+        """Take a path, a URL, an image file's bytes, a Pillow image, uint8 RGB `[H, W, 3]`, or a
+        function that gives the last.
 
         Args:
             name: what messages call it, with its path if it has one.
@@ -33,6 +38,8 @@ class Frame:
         self._file: bytes | None = None
         self._pixels: Pixels | None = None
         self._path: str | None = None
+        self._convert: Callable[[], Pixels] | None = None
+        self._lock = threading.RLock()
         self._name = name
         if isinstance(source, bytes):
             self._file = source
@@ -45,40 +52,48 @@ class Frame:
                     f"{name} is {source.dtype} {list(source.shape)}, not uint8 [height, width, 3]"
                 )
             self._pixels = source
+        elif callable(source):
+            self._convert = source
         else:
             self._path = os.fspath(source)
             self._name = f"{name} ({self._path})" if name != self._path else name
 
     def pixels(self) -> Pixels:
         """The image as uint8 RGB `[H, W, 3]`; ImageError where it cannot be had."""
-        if self._pixels is None:
-            with self._reading(), Image.open(io.BytesIO(self._read())) as image:
-                self._pixels = to_rgb(image)
-        return self._pixels
+        with self._lock, self._reading():
+            if self._pixels is None and self._convert is not None:
+                self._pixels, self._convert = self._convert(), None
+            elif self._pixels is None:
+                with Image.open(io.BytesIO(self._read())) as image:
+                    self._pixels = to_rgb(image)
+            return self._pixels
 
     def file(self) -> bytes:
         """The image as a file that a gateway takes; ImageError where it cannot be had."""
-        if self._file is None and self._path is not None:
-            self._file = self._read()
-        if self._file is None or not self._file.startswith(_SENT_AS_THEY_ARE):
-            file = io.BytesIO()
-            # Not compressed: the flow that comes back is larger than both images.
-            Image.fromarray(self.pixels()).save(file, "PNG", compress_level=0)
-            self._file = file.getvalue()
-        return self._file
+        with self._lock:
+            if self._file is None and self._path is not None:
+                with self._reading():
+                    self._read()
+            if self._file is None or not self._file.startswith(_SENT_AS_THEY_ARE):
+                file = io.BytesIO()
+                # Not compressed: the flow that comes back is larger than both images.
+                Image.fromarray(self.pixels()).save(file, "PNG", compress_level=0)
+                self._file = file.getvalue()
+            return self._file
 
     def size(self) -> tuple[int, int]:
         """Width and height, without decoding; ImageError where they cannot be had."""
-        if self._pixels is not None:
-            return self._pixels.shape[1], self._pixels.shape[0]
-        with self._reading(), Image.open(io.BytesIO(self._read())) as image:
-            return image.size
+        with self._lock, self._reading():
+            if self._convert is not None or self._pixels is not None:
+                height, width, _ = self.pixels().shape
+                return width, height
+            with Image.open(io.BytesIO(self._read())) as image:
+                return image.size
 
     def _read(self) -> bytes:
         if self._file is None:
             assert self._path is not None
-            with self._reading():
-                self._file = storage.read(self._path)
+            self._file = storage.read(self._path)
         return self._file
 
     @contextlib.contextmanager

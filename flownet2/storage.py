@@ -1,10 +1,12 @@
-"""Files that lie in a folder of this machine or, by a URL that fsspec knows, elsewhere.
+"""Files in a folder of this machine or, by a URL that fsspec knows (s3://…, gs://…), elsewhere.
 
-A path without a scheme is a plain path and needs no fsspec.
+Paths are strings; one without a scheme is a plain path and needs no fsspec.
 """
 
+import glob
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def is_url(path: str) -> bool:
@@ -12,11 +14,9 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec  # noqa: PLC0415  slow to import, and only needed here
-
-    filesystem, name = fsspec.core.url_to_fs(url)
-    return filesystem, name
+def join(folder: str, name: str) -> str:
+    """The path of a file below a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
 def read(path: str) -> bytes:
@@ -26,3 +26,101 @@ def read(path: str) -> bytes:
     filesystem, name = _filesystem(path)
     content: bytes = filesystem.cat_file(name)
     return content
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A file to read and seek in; OSError where there is none."""
+    if not is_url(path):
+        return Path(path).open("rb")
+    filesystem, name = _filesystem(path)
+    file: IO[bytes] = filesystem.open(name, "rb")
+    return file
+
+
+def write(path: str, content: bytes) -> None:
+    """Put a file there, whole or not at all, with the folders that it needs."""
+    if is_url(path):
+        filesystem, name = _filesystem(path)
+        filesystem.makedirs(filesystem._parent(name), exist_ok=True)
+        filesystem.pipe_file(name, content)
+        return
+    part = part_of(path)
+    try:
+        part.write_bytes(content)
+    except FileNotFoundError:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+    part.replace(path)
+
+
+def part_of(path: str) -> Path:
+    """Where a file of this machine is written before it takes its place."""
+    return Path(path).with_name(f".{Path(path).name}.part")
+
+
+def remove(path: str) -> None:
+    """Remove a file, or a folder that is empty; nothing happens where there is none."""
+    try:
+        if is_url(path):
+            filesystem, name = _filesystem(path)
+            filesystem.rm(name)
+        elif Path(path).is_dir():
+            Path(path).rmdir()
+        else:
+            Path(path).unlink()
+    except FileNotFoundError:
+        pass
+
+
+def identity(path: str) -> dict[str, object] | None:
+    """What tells that a file is still the same: size, and time of change or ETag; None: no file."""
+    try:
+        if not is_url(path):
+            status = os.stat(path)
+            return {"size": status.st_size, "modified": status.st_mtime}
+        filesystem, name = _filesystem(path)
+        facts = filesystem.info(name)
+    except FileNotFoundError:
+        return None
+    changed = {key: str(facts[key]) for key in ("ETag", "etag", "mtime", "created") if key in facts}
+    return {"size": facts["size"], **dict(list(changed.items())[:1])}
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder."""
+    if not is_url(path):
+        return Path(path).is_dir()
+    filesystem, name = _filesystem(path)
+    return bool(filesystem.isdir(name))
+
+
+def files(folder: str) -> list[str]:
+    """Paths of the files in a folder, without those of its folders."""
+    if not is_url(folder):
+        return [entry.path for entry in os.scandir(folder) if entry.is_file()]
+    filesystem, name = _filesystem(folder)
+    return [
+        filesystem.unstrip_protocol(entry["name"])
+        for entry in filesystem.ls(name, detail=True)
+        if entry["type"] == "file"
+    ]
+
+
+def matching(pattern: str) -> list[str]:
+    """Paths that a pattern with `*`, `?`, `[…]` or `**` matches."""
+    if not is_url(pattern):
+        return glob.glob(os.path.expanduser(pattern), recursive=True)
+    filesystem, name = _filesystem(pattern)
+    return [filesystem.unstrip_protocol(found) for found in filesystem.glob(name)]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec  # noqa: PLC0415  slow to import, and only needed here
+
+    try:
+        filesystem, name = fsspec.core.url_to_fs(url)
+    except ImportError as error:  # s3fs, gcsfs, …: fsspec names the package
+        raise OSError(f"{url}: {error}") from error
+    except ValueError as error:
+        raise OSError(f"{url}: {error}") from error
+    return filesystem, name

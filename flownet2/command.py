@@ -1,0 +1,319 @@
+"""The command `flownet2`: flow of pairs, videos, folders and data sets, by a server."""
+
+import asyncio
+import contextlib
+import enum
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import typer
+
+from flownet2 import service
+from flownet2.client import AsyncClient, Client, FlowError
+from flownet2.formats import FORMATS, FormatError, named_format, read_flow, write_flow
+from flownet2.manifest import ManifestError
+from flownet2.service import NoServer
+from flownet2.sources import Selection, SourceError, find
+
+app = typer.Typer(
+    help="Optical flow with FlowNet 2.0, by a server: `flownet2 serve` starts one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+errors = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+
+Server = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL[,URL…]",
+        help="Gateways (http://host:port) or Tritons (grpc://host:port). Default: FLOWNET2_URL, "
+        "else http://127.0.0.1:5003, else one is started if this is a checkout.",
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="A network that the server has; see `flownet2 models`."),
+]
+FormatName = Annotated[
+    str | None, typer.Option(help=f"Format, where the suffix does not say: {', '.join(FORMATS)}.")
+]
+
+
+class Direction(enum.StrEnum):
+    """From the first frame to the second, the reverse, or both."""
+
+    forward = "forward"
+    backward = "backward"
+    both = "both"
+
+
+class OnError(enum.StrEnum):
+    """What an error of one source or pair does to the rest."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+def main() -> NoReturn:
+    """Run the command; exit status 1 with one line on errors, 2 for wrong usage."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    except (FlowError, NoServer, SourceError, ManifestError, FormatError, ValueError) as error:
+        fail(str(error))
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        fail(named)
+    sys.exit(0)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """End the command with a line that says why."""
+    errors.print(f"flownet2: {' '.join(message.split())}", markup=False)
+    sys.exit(status)
+
+
+def say(message: str) -> None:
+    """A line for people, where somebody watches."""
+    if errors.is_terminal:
+        errors.print(message, markup=False)
+
+
+@app.command()
+def pair(
+    first: Annotated[str, typer.Argument(metavar="A", help="The first image.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The second image.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the flow goes: .flo .npy .npz .pfm .png")
+    ],
+    format: FormatName = None,
+    server: Server = None,
+    model: ModelName = None,
+) -> None:
+    """The flow between two images.
+
+    Example: flownet2 pair a.png b.png -o flow.flo
+    """
+    named_format(output.suffix, format)
+    with service.server(server, say) as url, Client(url, model=model) as client:
+        flow = client.flow(first, second).flow
+    write_flow(output, flow, format)
+    lengths = np.hypot(flow[..., 0], flow[..., 1])
+    height, width = lengths.shape
+    print(
+        f"{output}: {width}x{height}, mean motion {lengths.mean():.2f} pixels, "
+        f"largest {lengths.max():.2f}"
+    )
+
+
+@app.command()
+def run(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Video files, folders or globs of frames, lists of pairs (.txt, a line each: "
+            "two images and maybe a name for the output), camera:0. Also URLs such as s3://bucket/video.mp4.",
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="DIR", help="Folder or URL for the results.")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(help="One or several, with commas: flo npy npz pfm kitti png jpg hdf5 mp4."),
+    ] = "flo",
+    step: Annotated[int, typer.Option(min=1, help="How many frames apart the two are.")] = 1,
+    start: Annotated[int, typer.Option(min=0, help="The first frame to take.")] = 0,
+    end: Annotated[int | None, typer.Option(min=0, help="The frame to stop before.")] = None,
+    direction: Direction = Direction.forward,
+    occlusion: Annotated[
+        bool, typer.Option("--occlusion", help="Also masks of what the second frame hides.")
+    ] = False,
+    max_edge: Annotated[
+        int | None,
+        typer.Option(min=16, help="Reduce frames to this longer edge; the flow is of that size."),
+    ] = None,
+    bound: Annotated[
+        float, typer.Option(min=0.1, help="Flow at the ends of the range of jpg, in pixels.")
+    ] = 20.0,
+    max_flow: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Flow of the strongest colours of png and mp4, in pixels."),
+    ] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Show frames beside the flow in mp4.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Requests under way at a time; 8 a server by default.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Do every N-th source only, from the I-th (0…)."),
+    ] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="At an error stop, or note it in errors.csv and go on.")
+    ] = OnError.stop,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of another run.")
+    ] = False,
+    server: Server = None,
+    model: ModelName = None,
+) -> None:
+    """The flow of videos, folders of frames and lists of pairs.
+
+    Writes DIR/<source>/<number>.<suffix>, an index.csv beside, and DIR/manifest.json. Started
+    again, it does what is missing.
+
+    Examples:
+
+    flownet2 run film.mp4 -o out --format flo,mp4
+
+    flownet2 run 'frames/*.png' -o out --direction both --occlusion
+
+    flownet2 run s3://clips/ -o s3://flows/ --shard 3/16 --server grpc://triton:8001
+    """
+    from flownet2 import run as runs  # noqa: PLC0415
+    from flownet2.writers import Options  # noqa: PLC0415
+
+    options = Options(_formats(format), direction.value, occlusion, bound, max_flow, side_by_side)
+    part = _shard(shard)
+    found = find(sources)
+    with service.server(server, say) as url, _bar() as bar:
+        plan = runs.Plan(
+            Selection(step, start, end, max_edge),
+            options,
+            jobs or 8 * len(url.split(",")),
+            "skip" if on_error is OnError.skip else "stop",
+            overwrite,
+            part,
+        )
+
+        async def work() -> runs.Totals:
+            async with AsyncClient(url, model=model, patience=runs.PATIENCE_SECONDS) as client:
+                return await runs.run(found, output, client, plan, bar)
+
+        try:
+            totals = asyncio.run(work())
+        except runs.RunError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail("stopped: the same command goes on from here", 130)
+    say(
+        f"{totals.computed} pairs computed, {totals.found} were there, "
+        f"{len(totals.skipped)} errors: {output}"
+    )
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from flownet2.writers import NAMES  # noqa: PLC0415
+
+    formats = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in formats if name not in NAMES]
+    if unknown:
+        raise typer.BadParameter(f"--format: {unknown[0]!r} is none of {', '.join(NAMES)}")
+    if {"png", "kitti"} <= set(formats):
+        raise typer.BadParameter("--format: png and kitti have one suffix; choose one of them")
+    if "hdf5" in formats:
+        try:
+            import h5py  # noqa: F401, PLC0415
+        except ImportError:
+            raise typer.BadParameter("--format: hdf5 needs `pip install h5py`") from None
+    return formats
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    index, _, count = (text or "0/1").partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise typer.BadParameter(f"--shard: {text!r} is not I/N with I from 0 to N-1")
+    return int(index), int(count)
+
+
+class _Bar:
+    """A bar of pairs, frames a second and time left; silent where nobody watches."""
+
+    def __init__(self, progress: rich.progress.Progress) -> None:
+        self._progress = progress
+        self._task: rich.progress.TaskID | None = None
+
+    def begin(self, name: str, pairs: int | None) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=pairs)
+
+    def advance(self) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task)
+
+    def say(self, message: str) -> None:
+        errors.print(message, markup=False)
+
+
+class _Speed(rich.progress.ProgressColumn):
+    """Frames a second."""
+
+    def render(self, task: rich.progress.Task) -> str:
+        return f"{task.finished_speed or task.speed or 0:.1f} frames/s"
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[_Bar]:
+    columns = rich.progress
+    with rich.progress.Progress(
+        columns.TextColumn("{task.description}"),
+        columns.BarColumn(),
+        columns.MofNCompleteColumn(),
+        _Speed(),
+        columns.TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+    ) as progress:
+        yield _Bar(progress)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A flow: .flo .npy .npz .pfm .png")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Where it goes; .png: in colours.")],
+    format: FormatName = None,
+) -> None:
+    """A flow in another format.
+
+    Example: flownet2 convert flow.flo flow.png --format kitti
+    """
+    write_flow(target, read_flow(source), format)
+
+
+@app.command()
+def models(server: Server = None) -> None:
+    """The networks that a server has, and where their weights are from."""
+    with service.server(server, say) as url, Client(url) as client:
+        found = client.models()
+    table = rich.table.Table("name", "network", "parameters", "weights", "licence")
+    for one in found:
+        table.add_row(
+            one.name,
+            one.network,
+            f"{one.parameters:,}" if one.parameters else "",
+            one.weights_source,
+            one.weights_license,
+        )
+    rich.console.Console().print(table)
+
+
+@app.command()
+def serve() -> None:
+    """Run Triton and the gateway of this checkout until Ctrl-C, as `make serve` does."""
+    if not (service.CHECKOUT / "launch" / "__main__.py").exists():
+        fail("no server is installed here: run `make serve` in a checkout of the project")
+    sys.argv = ["launch"]
+    runpy.run_module("launch", run_name="__main__", alter_sys=True)

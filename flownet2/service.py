@@ -1,0 +1,96 @@
+"""Which server a command asks; from a checkout, one that it starts for itself."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flownet2.client import DEFAULT_SERVER, UNREACHABLE, Client, FlowError
+
+CHECKOUT = Path(__file__).parent.parent
+START_SECONDS = 300.0
+
+
+class NoServer(Exception):
+    """There is no server, and none can be started; the message says what to do."""
+
+
+@contextlib.contextmanager
+def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
+    """The URL of a server that answers, for as long as the block runs.
+
+    Args:
+        named: URLs; else `FLOWNET2_URL`; else the default, or one that is started here.
+        say: gets a line when one is started.
+
+    Raises:
+        NoServer: nothing answers.
+        FlowError: something answers, but has no models to tell.
+        ValueError: a URL is none.
+    """
+    url = named or os.environ.get("FLOWNET2_URL")
+    reason = _reason(url or DEFAULT_SERVER)
+    if reason is None:
+        yield url or DEFAULT_SERVER
+    elif url:
+        raise NoServer(f"{reason}: start a server there, or name another one with --server")
+    elif not (CHECKOUT / "launch" / "__main__.py").exists():
+        raise NoServer(
+            f"{reason}: start a server (`make serve` in a checkout of the project), or name one "
+            "with --server or FLOWNET2_URL"
+        )
+    else:
+        with _started(say) as started:
+            yield started
+
+
+def _reason(url: str) -> str | None:
+    """Why nothing answers at a URL; None where something does."""
+    try:
+        with Client(url, patience=0) as client:
+            client.models()
+    except FlowError as error:
+        if error.type != UNREACHABLE:
+            raise
+        return error.detail
+    return None
+
+
+@contextlib.contextmanager
+def _started(say: Callable[[str], None]) -> Iterator[str]:
+    names = ("PORT", "TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
+        ports = {
+            name: str(one.getsockname()[1]) for name, one in zip(names, listeners, strict=True)
+        }
+    url = f"http://127.0.0.1:{ports['PORT']}"
+    say("no server answers: starting one for this command")
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch"],
+            cwd=CHECKOUT,
+            env={**os.environ, "HOST": "127.0.0.1", **ports},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the command, which then ends the server
+        )
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while _reason(url) is not None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    lines = [line.strip() for line in log if "error:" in line] or [
+                        "no reason given"
+                    ]
+                    raise NoServer(f"no server could be started: {lines[-1]}")
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()

@@ -1,0 +1,161 @@
+"""What is written of a pair's flow, and of a source's: files by name, and their content."""
+
+import io
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from flownet2 import storage, video
+from flownet2.client import Direction, Result
+from flownet2.formats import FORMATS, Flow, Mask, colours, known, to_picture
+from flownet2.images import Frame, Pixels
+
+VIDEO = "flow.mp4"
+PICTURES = ".mp4"
+FRAMES_PER_SECOND = 25
+"""Of videos of frames without times."""
+STRETCH = 8
+"""Pairs whose motion sets a video's scale."""
+
+PAIR_FORMATS = (*FORMATS, "jpg", "hdf5")
+NAMES = (*PAIR_FORMATS, "mp4")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write.
+
+    Attributes:
+        formats: some of `NAMES`.
+        direction: "forward", "backward" or "both".
+        occlusion: whether masks of what is occluded are written.
+        bound: flow, in pixels, at the ends of jpg's range.
+        max_flow: length, in pixels, of the strongest colours; None: of each picture, and for
+            videos of their first stretch.
+        side_by_side: whether videos show the first frame beside the flow.
+    """
+
+    formats: tuple[str, ...] = ("flo",)
+    direction: Direction = "forward"
+    occlusion: bool = False
+    bound: float = 20.0
+    max_flow: float | None = None
+    side_by_side: bool = False
+
+    @property
+    def asked(self) -> Direction:
+        """The direction to ask a server for."""
+        return "both" if self.occlusion else self.direction
+
+    def names(self, stem: str) -> list[str]:
+        """The files of a pair."""
+        ends = []
+        for format in self.formats:
+            if format == "jpg":
+                ends += ["_x.jpg", "_y.jpg"]
+            elif format == "hdf5":
+                ends.append(".h5")
+            elif format != "mp4":
+                ends.append(FORMATS[format].suffix)
+        sides = {"forward": [""], "backward": ["_backward"], "both": ["", "_backward"]}
+        names = [f"{stem}{side}{end}" for side in sides[self.direction] for end in ends]
+        return [*names, f"{stem}_occluded.png"] if self.occlusion else names
+
+    def files(self, stem: str, result: Result) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of a pair's files, in the order of `names`."""
+        flows: dict[str, list[Flow | None]] = {
+            "forward": [result.flow],
+            "backward": [result.flow if result.flow_backward is None else result.flow_backward],
+            "both": [result.flow, result.flow_backward],
+        }
+        contents = (
+            content
+            for flow in flows[self.direction]
+            if flow is not None
+            for format in self.formats
+            if format != "mp4"
+            for content in self._contents(format, flow)
+        )
+        names = iter(self.names(stem))
+        yield from zip(names, contents, strict=False)
+        if self.occlusion and result.occluded is not None:
+            yield f"{stem}_occluded.png", mask_png(result.occluded)
+
+    def _contents(self, format: str, flow: Flow) -> list[bytes]:
+        if format == "jpg":
+            return grey_jpgs(flow, self.bound)
+        if format == "hdf5":
+            return [hdf5(flow)]
+        if format == "png":
+            return [to_picture(flow, self.max_flow)]
+        return [FORMATS[format].encode(flow)]
+
+
+def grey_jpgs(flow: Flow, bound: float) -> list[bytes]:
+    """u and v as grey JPEGs, -bound black and +bound white, as action recognition reads them."""
+    levels = np.clip(np.rint((flow + bound) * (255 / (2 * bound))), 0, 255)
+    return [_jpeg(np.nan_to_num(levels[..., i], nan=128).astype(np.uint8)) for i in (0, 1)]
+
+
+def mask_png(mask: Mask) -> bytes:
+    """A 1-bit PNG, white where the mask is true."""
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return file.getvalue()
+
+
+def hdf5(flow: Flow) -> bytes:
+    """An HDF5 file with the data set `flow`."""
+    import h5py  # noqa: PLC0415  an extra
+
+    file = io.BytesIO()
+    with h5py.File(file, "w") as content:
+        content["flow"] = flow
+    return file.getvalue()
+
+
+def _jpeg(pixels: npt.NDArray[np.uint8], **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+def motion(flow: Flow) -> float:
+    """The longest vector, in pixels, but for the longest half percent; at least 1."""
+    lengths = np.hypot(flow[..., 0], flow[..., 1])[known(flow)]
+    return max(1.0, float(np.percentile(lengths, 99.5))) if lengths.size else 1.0
+
+
+def video_picture(flow: Flow, scale: float, beside: Pixels | None) -> bytes:
+    """A video's picture of one flow, to the right of the frame that it belongs to if given."""
+    picture = colours(flow, scale)
+    if beside is not None:
+        picture = np.concatenate([beside, picture], axis=1)
+    return _jpeg(picture, subsampling=0)
+
+
+def write_video(path: str, pictures: Iterable[tuple[float | None, str]]) -> bytes:
+    """Write a video of picture files with their times; returns its content.
+
+    Args:
+        path: where it goes, whole or not at all.
+        pictures: time in seconds, and path of each picture; without times 25 a second.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "video.mp4"
+        video.write(
+            file,
+            (
+                (number / FRAMES_PER_SECOND if time is None else time, Frame(picture).pixels())
+                for number, (time, picture) in enumerate(pictures)
+            ),
+        )
+        content = file.read_bytes()
+    storage.write(path, content)
+    return content

@@ -1,0 +1,391 @@
+"""`flownet2 run` as a user has it: a process, real clips, a real Triton."""
+
+import csv
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from flownet2 import read_flow
+from flownet2.formats import colours, from_kitti
+from flownet2.measures import occluded
+from launch import triton
+from tests.support.gateway_stack import ROOT, picture, wait_until
+
+WIDTH, HEIGHT = 64, 48
+
+
+@pytest.fixture(scope="module")
+def url(closed_form_triton: triton.Triton) -> str:
+    return f"grpc://{closed_form_triton.address.grpc}"
+
+
+def command(*arguments: object, server: str = "", **options: object) -> list[str]:
+    flags = [part for name, value in options.items() for part in _flag(name, value)]
+    servers = ["--server", server] if server else []
+    return [sys.executable, "-m", "flownet2", *map(str, arguments), *flags, *servers]
+
+
+def _flag(name: str, value: object) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [flag, str(value)]
+
+
+def flownet2(
+    *arguments: object, server: str = "", **options: object
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, server=server, **options),
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def succeed(*arguments: object, server: str, **options: object) -> str:
+    result = flownet2(*arguments, server=server, **options)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # nobody watches
+    return result.stdout
+
+
+def fail(*arguments: object, server: str, **options: object) -> str:
+    """The one line that it says."""
+    result = flownet2(*arguments, server=server, **options)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def frames(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[np.ndarray]:
+    """Frame files of which the order of numbers is not that of letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [picture(seed, *size) for seed in range(count)]
+    for number, image in enumerate(images):
+        image.save(folder / f"frame{number}.png")
+    return [np.asarray(image) for image in images]
+
+
+def clip(
+    path: Path,
+    count: int,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    *,
+    codec: str = "ffv1",
+    pixels: str = "bgr0",
+    times: Callable[[int], Fraction] = lambda number: Fraction(number, 25),
+    **options: str,
+) -> list[np.ndarray]:
+    """A video of random pictures, lossless unless said otherwise."""
+    images = [np.asarray(picture(seed, *size)) for seed in range(count)]
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = int(times(number) * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return images
+
+
+def closed_form(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (second.astype(np.float32) - first)[..., :2] / 8
+
+
+def check_flows(folder: Path, images: list[np.ndarray], step: int = 1) -> None:
+    """Every pair's .flo is there, holds the flow of its frames, and nothing else is there."""
+    numbers = range(len(images) - step)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"{number:06}.flo" for number in numbers),
+        "index.csv",
+    ]
+    for number in numbers:
+        flow = read_flow(folder / f"{number:06}.flo")
+        np.testing.assert_array_equal(flow, closed_form(images[number], images[number + step]))
+
+
+def index(folder: Path) -> list[dict[str, str]]:
+    with (folder / "index.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_sources_of_all_kinds_in_one_run(tmp_path: Path, url: str) -> None:
+    video = clip(tmp_path / "film.mkv", 12)
+    still = frames(tmp_path / "stills", 12)
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text(
+        f"{tmp_path}/stills/frame0.png {tmp_path}/stills/frame3.png named/one.flo\n"
+        "stills/frame1.png stills/frame4.png\n"
+    )
+    out = tmp_path / "out"
+    succeed("run", tmp_path / "film.mkv", f"{tmp_path}/stills/*.png", pairs, "-o", out, server=url)
+    check_flows(out / "film", video)
+    check_flows(out / "stills", still)
+    for name, (first, second) in {"named/one": (0, 3), "000001": (1, 4)}.items():
+        flow = read_flow(out / "pairs" / f"{name}.flo")
+        np.testing.assert_array_equal(flow, closed_form(still[first], still[second]))
+    rows = index(out / "stills")
+    assert [row["first"] for row in rows] == [f"frame{number}.png" for number in range(11)]
+
+
+def test_formats_and_directions(tmp_path: Path, url: str) -> None:
+    images = frames(tmp_path / "a", 3)
+    out = tmp_path / "out"
+    succeed(
+        "run", tmp_path / "a", "-o", out, server=url,
+        format="npy,npz,kitti,jpg,hdf5", direction="both", occlusion=True, bound=40,
+    )  # fmt: skip
+    forward, backward = closed_form(*images[:2]), closed_form(*images[1::-1])
+    for flow, side in ((forward, ""), (backward, "_backward")):
+        stem = f"{out}/a/000000{side}"
+        np.testing.assert_array_equal(np.load(f"{stem}.npy"), flow)
+        np.testing.assert_array_equal(np.load(f"{stem}.npz")["flow"], flow)
+        assert np.abs(from_kitti(Path(f"{stem}.png").read_bytes()) - flow).max() <= 1 / 128
+        with h5py.File(f"{stem}.h5") as file:
+            np.testing.assert_array_equal(file["flow"][:], flow)
+        for channel, axis in enumerate("xy"):
+            grey = np.asarray(Image.open(f"{stem}_{axis}.jpg"), np.float32)
+            expected = np.clip((flow[..., channel] + 40) * 255 / 80, 0, 255)
+            assert np.abs(grey - expected).mean() < 2
+    mask = np.asarray(Image.open(out / "a" / "000000_occluded.png"))
+    np.testing.assert_array_equal(mask, occluded(forward, backward))
+    assert len(index(out / "a")) == 2 * (2 * 6 + 1)
+
+
+def test_a_colour_video_has_one_scale_and_the_times_of_its_source(tmp_path: Path, url: str) -> None:
+    def uneven(number: int) -> Fraction:
+        return Fraction(number * number, 100)
+
+    images = clip(tmp_path / "film.mkv", 11, (63, 47), times=uneven)
+    out = tmp_path / "out"
+    succeed(
+        "run", tmp_path / "film.mkv", "-o", out, server=url,
+        format="mp4", max_flow=30, side_by_side=True,
+    )  # fmt: skip
+    with av.open(str(out / "film" / "flow.mp4")) as container:
+        shown = list(container.decode(video=0))
+    assert [frame.time for frame in shown] == pytest.approx([n * n / 100 for n in range(10)])
+    for number, frame in enumerate(shown):
+        read = frame.to_ndarray(format="rgb24")
+        assert read.shape == (48, 126, 3)
+        expected = colours(closed_form(images[number], images[number + 1]), 30)
+        assert np.abs(read[:47, 63:].astype(float) - expected).mean() < 20
+        assert np.abs(read[:47, :63].astype(float) - images[number]).mean() < 20
+    assert sorted(path.name for path in (out / "film").iterdir()) == ["flow.mp4", "index.csv"]
+
+
+def test_frames_apart_a_stretch_and_a_longest_edge(tmp_path: Path, url: str) -> None:
+    images = frames(tmp_path / "a", 9)
+    out = tmp_path / "out"
+    succeed("run", tmp_path / "a", "-o", out, server=url, step=2, start=3, end=7)
+    names = sorted(path.name for path in (out / "a").glob("*.flo"))
+    assert names == ["000003.flo", "000004.flo"]
+    flow = read_flow(out / "a" / "000004.flo")
+    np.testing.assert_array_equal(flow, closed_form(images[4], images[6]))
+    succeed("run", tmp_path / "a", "-o", tmp_path / "small", server=url, max_edge=32)
+    assert read_flow(tmp_path / "small" / "a" / "000000.flo").shape == (24, 32, 2)
+
+
+@pytest.mark.parametrize("pixels", ["gray", "yuv420p10le"])
+def test_grey_and_ten_bit_video(tmp_path: Path, url: str, pixels: str) -> None:
+    images = clip(tmp_path / "film.mkv", 3, pixels=pixels)
+    succeed("run", tmp_path / "film.mkv", "-o", tmp_path / "out", server=url)
+    flow = read_flow(tmp_path / "out" / "film" / "000001.flo")
+    if pixels == "gray":
+        images = [np.asarray(Image.fromarray(one).convert("L").convert("RGB")) for one in images]
+    assert np.abs(flow - closed_form(images[1], images[2])).mean() < 1
+
+
+def test_rotated_video_is_upright(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "film.mp4"
+    images = clip(path, 3, codec="libx264rgb", pixels="rgb24")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 4 + 40  # the matrix of the track's header, version 0
+    assert struct.unpack_from(">9i", content, place)[::4] == (1 << 16, 1 << 16, 1 << 30)
+    quarter_clockwise = (0, 1 << 16, 0, -(1 << 16), 0, 0, HEIGHT << 16, 0, 1 << 30)
+    struct.pack_into(">9i", content, place, *quarter_clockwise)
+    path.write_bytes(content)
+    succeed("run", path, "-o", tmp_path / "out", server=url)
+    flow = read_flow(tmp_path / "out" / "film" / "000001.flo")
+    upright = [np.rot90(image, -1) for image in images]
+    assert flow.shape == (WIDTH, HEIGHT, 2)
+    assert np.abs(flow - closed_form(upright[1], upright[2])).mean() < 2
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_a_video_that_is_cut_off_gives_what_can_be_read(
+    tmp_path: Path, url: str, suffix: str
+) -> None:
+    path = tmp_path / f"film.{suffix}"
+    clip(path, 60, codec="mpeg4", pixels="yuv420p", movflags="faststart")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    said = fail("run", path, "-o", tmp_path / "out", server=url)
+    assert f"film.{suffix}" in said
+    kept = len(list((tmp_path / "out" / "film").glob("*.flo")))
+    assert 20 < kept < 45
+    assert f"frame {kept + 1}" in said
+
+
+def test_bad_input_is_told_in_one_line(tmp_path: Path, url: str) -> None:
+    out = tmp_path / "out"
+    frames(tmp_path / "one", 1)
+    frames(tmp_path / "sizes", 2)
+    picture(5, 40, 40).save(tmp_path / "sizes" / "frame2.png")
+    frames(tmp_path / "broken", 3)
+    (tmp_path / "broken" / "frame1.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (tmp_path / "empty").mkdir()
+    with av.open(str(tmp_path / "sound.mka"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+    (tmp_path / "pairs.txt").write_text("a.png\n")
+    for name, *expected in (
+        ("missing.mp4", "missing.mp4 does not exist"),
+        ("one", "one has 1 frame "),
+        ("empty", "holds no images"),
+        ("sizes", "frame1.png", "frame2.png", "64x48", "40x40"),
+        ("broken", "frame1.png"),
+        ("sound.mka", "sound.mka has no video"),
+        ("pairs.txt", "pairs.txt, line 1"),
+    ):
+        said = fail("run", tmp_path / name, "-o", out / name, server=url)
+        assert all(part in said for part in expected), said
+    assert len(list((out / "sizes" / "sizes").glob("*.flo"))) == 1
+    assert flownet2("run", tmp_path / "one", "-o", out, format="bmp").returncode == 2
+    assert flownet2("run", tmp_path / "one", "-o", out, shard="2/2").returncode == 2
+
+
+def test_errors_can_be_noted_and_skipped(tmp_path: Path, url: str) -> None:
+    frames(tmp_path / "a" / "broken", 4)
+    (tmp_path / "a" / "broken" / "frame1.png").write_bytes(b"nothing")
+    images = frames(tmp_path / "a" / "good", 3)
+    out = tmp_path / "out"
+    result = flownet2(
+        "run", tmp_path / "a" / "broken", tmp_path / "a" / "missing.mp4", tmp_path / "a" / "good",
+        "-o", out, on_error="skip", server=url,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    check_flows(out / "good", images)
+    assert [path.name for path in (out / "broken").glob("*.flo")] == ["000002.flo"]
+    with (out / "errors.csv").open() as file:
+        noted = [(row["source"], row["frames"]) for row in csv.DictReader(file)]
+    assert noted == [
+        ("broken", "frame0.png and frame1.png"),
+        ("broken", "frame1.png and frame2.png"),
+        ("missing", ""),
+    ]
+
+
+def test_results_that_cannot_be_written(tmp_path: Path, url: str) -> None:
+    frames(tmp_path / "a", 2)
+    said = fail("run", tmp_path / "a", "-o", "/dev/full/out", server=url)
+    assert "/dev/full" in said
+
+
+def test_another_run_is_refused_and_overwritten_on_demand(tmp_path: Path, url: str) -> None:
+    images = frames(tmp_path / "a", 3)
+    out = tmp_path / "out"
+    succeed("run", tmp_path / "a", "-o", out, server=url, step=2, format="npy")
+    said = fail("run", tmp_path / "a", "-o", out, server=url)
+    assert "step was 2" in said
+    assert "--overwrite" in said
+    assert "model" in fail(
+        "run", tmp_path / "a", "-o", out, server=url, step=2, format="npy", model="slow"
+    )
+    succeed("run", tmp_path / "a", "-o", out, server=url, overwrite=True)
+    check_flows(out / "a", images)
+    picture(9).save(tmp_path / "a" / "frame1.png")
+    assert "has changed" in fail("run", tmp_path / "a", "-o", out, server=url)
+
+
+def test_what_is_missing_or_damaged_is_done_again_and_no_more(tmp_path: Path, url: str) -> None:
+    images = frames(tmp_path / "a", 6)
+    out = tmp_path / "out"
+    succeed("run", tmp_path / "a", "-o", out, server=url)
+    before = (out / "a" / "index.csv").read_bytes()
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "a").glob("*.flo")}
+    (out / "a" / "000001.flo").unlink()
+    damaged = bytearray((out / "a" / "000003.flo").read_bytes())
+    damaged[200] ^= 1
+    (out / "a" / "000003.flo").write_bytes(damaged)
+    succeed("run", tmp_path / "a", "-o", out, server=url)
+    check_flows(out / "a", images)
+    assert (out / "a" / "index.csv").read_bytes() == before
+    changed = {
+        path.name
+        for path in (out / "a").glob("*.flo")
+        if path.stat().st_mtime_ns != times[path.name]
+    }
+    assert changed == {"000001.flo", "000003.flo"}
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_goes_on_where_it_was(
+    tmp_path: Path, url: str, ending: signal.Signals
+) -> None:
+    clip(tmp_path / "film.mkv", 120)
+    arguments = ("run", tmp_path / "film.mkv", "--format", "flo,mp4", "--jobs", "2")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    succeed(*arguments, "-o", once, server=url)
+    process = subprocess.Popen(
+        command(*arguments, "-o", twice, server=url), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: len(list(twice.glob("film/*.flo"))) > 20)
+    process.send_signal(ending)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[ending]
+    done = {path.name: path.stat().st_mtime_ns for path in twice.glob("film/*.flo")}
+    assert 20 < len(done) < 119
+    if ending == signal.SIGINT:
+        assert said.count("\n") == 1
+        assert not [path for path in twice.rglob("*") if path.suffix == ".part"]
+    succeed(*arguments, "-o", twice, server=url)
+    files = {path.relative_to(once): path.read_bytes() for path in once.rglob("*.*")}
+    assert {path.relative_to(twice): path.read_bytes() for path in twice.rglob("*.*")} == files
+    again = [name for name, at in done.items() if (twice / "film" / name).stat().st_mtime_ns != at]
+    assert len(again) <= 1  # written, but not in the index yet
+
+
+def test_two_shards_make_the_whole(tmp_path: Path, url: str) -> None:
+    videos = [clip(tmp_path / f"film{number}.mkv", 4 + number) for number in range(5)]
+    out = tmp_path / "out"
+    shards = [
+        subprocess.Popen(
+            command("run", f"{tmp_path}/*.mkv", "-o", out, shard=f"{part}/2", server=url), cwd=ROOT
+        )
+        for part in (0, 1)
+    ]
+    assert [shard.wait(60) for shard in shards] == [0, 0]
+    for number, images in enumerate(videos):
+        check_flows(out / f"film{number}", images)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")}
+    succeed("run", f"{tmp_path}/*.mkv", "-o", out, server=url)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")} == before
+
+
+def test_a_server_that_goes_away_for_a_while_is_waited_for(
+    tmp_path: Path, closed_form_repository: Path
+) -> None:
+    images = clip(tmp_path / "film.mkv", 200)
+    out = tmp_path / "out"
+    address = triton.local_address()
+    with triton.serve(closed_form_repository, address=address) as server:
+        process = subprocess.Popen(
+            command("run", tmp_path / "film.mkv", "-o", out, server=f"grpc://{address.grpc}"),
+            cwd=ROOT,
+        )
+        wait_until(lambda: len(list(out.glob("film/*.flo"))) > 10)
+        server.child.kill()
+    with triton.serve(closed_form_repository, address=address):
+        assert process.wait(120) == 0
+    check_flows(out / "film", images)
