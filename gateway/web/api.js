@@ -20,9 +20,14 @@ export function setKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
+/** Whether requests carry a key. */
+export function hasKey() {
+  return Boolean(sessionStorage.getItem(KEY));
+}
+
 async function call(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = { ...options.headers, ...(key ? { "X-API-Key": key } : {}) };
+  const key = hasKey() ? { "X-API-Key": sessionStorage.getItem(KEY) } : {};
+  const headers = { ...options.headers, ...key };
   let response;
   try {
     response = await fetch(new URL(path, BASE), { ...options, headers });

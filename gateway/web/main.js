@@ -1,6 +1,6 @@
 // The page: wires its controls to the service and to the viewer.
 
-import { Problem, estimate, models, sample, setKey } from "./api.js";
+import { Problem, estimate, hasKey, models, sample, setKey } from "./api.js";
 import { toFlo, toNpy } from "./npy.js";
 import { sentence, showModel, showStages } from "./report.js";
 import { asCurl, asPython } from "./snippets.js";
@@ -13,6 +13,7 @@ const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
 
 let served = []; // what /models lists
+let waiting = 0; // the timer that asks for it again
 let pair = [null, null]; // the images of the next request: {blob, name}
 let untouched = true; // they are still the sample's
 let shown = null; // the request and the answer that are on display
@@ -67,7 +68,7 @@ async function run() {
       decode(asked.image2),
     ]);
     const ms = performance.now() - began;
-    const model = served.find(({ name, ...one }) => (asked.model ? name === asked.model : one.default));
+    const model = served.find((one) => (asked.model ? one.name === asked.model : one.default));
     const rate = live ? `${(1000 / ms).toFixed(1)} pairs a second` : `${ms.toFixed(0)} ms in all`;
     display({ asked, answer, image1, image2, model: model ?? {} }, rate);
     $("status").textContent = live ? rate : `Done in ${ms.toFixed(0)} ms.`;
@@ -107,11 +108,13 @@ function clearProblems() {
 /** Show a sentence beside the field that it is about, or at the end of the form. */
 function showProblem(error) {
   if (!(error instanceof Problem)) console.error(error);
-  if (error.status === 401) {
+  if (error.status === 0) loadModels();
+  const keyless = error.status === 401;
+  if (keyless) {
     $("key-form").hidden = false;
     $("key").focus();
   }
-  const place = $(`problem-${error.field}`) ?? $("problem");
+  const place = $(`problem-${keyless ? "key" : error.field}`) ?? $("problem");
   place.textContent = error.message;
   document.querySelector(`[aria-describedby="${place.id}"]`)?.setAttribute("aria-invalid", "true");
 }
@@ -121,18 +124,26 @@ async function loadModels() {
   try {
     served = await models();
     $("service").textContent = served.length ? "Ready" : "The model is being loaded…";
-    document.body.classList.toggle("ready", served.length > 0);
   } catch (error) {
+    served = [];
     $("service").textContent = error.status === 401 ? "Asks for a key" : "Not reachable";
-    document.body.classList.remove("ready");
-    if (error.status === 401) return showProblem(error);
+    if (error.status === 401) {
+      showProblem(error);
+      return;
+    }
+  } finally {
+    document.body.classList.toggle("ready", served.length > 0);
+  }
+  clearTimeout(waiting);
+  if (!served.length) {
+    waiting = setTimeout(loadModels, 3000);
+    return;
   }
   $("model").replaceChildren(
     ...served.map(({ name, network, default: first }) =>
       new Option(network ? `${network} (${name})` : name, name, first, first),
     ),
   );
-  if (!served.length) setTimeout(loadModels, 3000);
 }
 
 $("key-form").addEventListener("submit", (event) => {
@@ -212,10 +223,8 @@ function take(event, side) {
   } else if (files.length) {
     setSource("files");
     files.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
-    const first = files.length > 1 ? 0 : (side ?? (untouched || !pair[0] || pair[1] ? 0 : 1));
-    if (!untouched && files.length === 1 && side === undefined && pair[0] && pair[1]) {
-      pair = [null, null];
-    }
+    if (files.length > 1 || (side === undefined && pair.every(Boolean))) pair = [null, null];
+    const first = files.length > 1 ? 0 : (side ?? pair.indexOf(null));
     files.slice(0, 2).forEach((file, i) => setImage(first + i, file));
     run();
   }
@@ -276,6 +285,7 @@ $("step").addEventListener("change", () => showFrame(frame()));
 /** Ask for pair after pair, as fast as the service answers, until it is stopped. */
 async function play(source, button, advance) {
   live = source;
+  $("status").setAttribute("aria-live", "off"); // nobody wants every pair read out
   button.setAttribute("aria-pressed", "true");
   while (live === source && (await advance()));
   if (live === source) stop();
@@ -284,6 +294,7 @@ async function play(source, button, advance) {
 function stop() {
   if (live instanceof Camera) live.close();
   live = null;
+  $("status").removeAttribute("aria-live");
   $("camera").hidden = true;
   $("live").textContent = "Start the camera";
   $("play").textContent = "Play";
@@ -370,8 +381,8 @@ for (const button of all("[data-format]")) {
 }
 
 function showCode(asked) {
-  const withKey = !$("key").validity.valueMissing;
-  $("code").textContent = (chosen("language") === "curl" ? asCurl : asPython)(asked, withKey);
+  const write = chosen("language") === "curl" ? asCurl : asPython;
+  $("code").textContent = write(asked, hasKey());
 }
 
 for (const input of all('input[name="language"]')) {

@@ -1,0 +1,70 @@
+"""Make what the page opens with, while the service runs: `python -m training.page samples/photo_0`.
+
+Writes gateway/web/sample/: the pair as JPEG, and the service's answer to it, its flow rounded to
+1/32 pixel so that it packs; then samples/page.jpg, the README's picture of the page.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import httpx
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+STEPS = 32
+"""Of the rounded flow in a pixel."""
+
+
+def write_sample(pair: Path, url: str, folder: Path) -> None:
+    """Write the page's sample: image1.jpg, image2.jpg, flow.npz and about.json."""
+    images = {}
+    for index, name in enumerate(("image1", "image2")):
+        file = folder / f"{name}.jpg"
+        Image.open(pair / f"frame{index}.png").save(file, quality=92)
+        images[name] = file.read_bytes()
+    answer = httpx.post(
+        f"{url}/estimate_flow/?size=native&direction=both",
+        files=images,
+        headers={"Accept": "application/x-npz"},
+        timeout=60,
+    ).raise_for_status()
+    arrays = np.load(io.BytesIO(answer.content))
+    flow = np.round(arrays["flow"] * STEPS) / np.float32(STEPS)
+    np.savez_compressed(folder / "flow.npz", flow=flow, occluded=arrays["occluded"])
+    models = httpx.get(f"{url}/models").raise_for_status().json()["models"]
+    about = next(model for model in models if model["default"])
+    about["server_timing"] = answer.headers["Server-Timing"]
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_picture(url: str, file: Path) -> None:
+    """Write a picture of the page as it opens."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415  wants a browser besides
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 860})
+        page.goto(url)
+        page.get_by_text("computed beforehand").first.wait_for()
+        page.get_by_text("Ready").wait_for()
+        page.screenshot(path=file, type="jpeg", quality=88, full_page=True)
+        browser.close()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m training.page", description=__doc__)
+    parser.add_argument("pair", type=Path, help="folder with frame0.png and frame1.png")
+    parser.add_argument("--url", default="http://127.0.0.1:5003", help="of the running service")
+    arguments = parser.parse_args()
+    write_sample(arguments.pair, arguments.url, ROOT / "gateway" / "web" / "sample")
+    write_picture(arguments.url, ROOT / "samples" / "page.jpg")
+
+
+if __name__ == "__main__":
+    main()
