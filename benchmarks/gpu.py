@@ -112,12 +112,14 @@ def onnx_runtime(
         import onnxruntime  # noqa: PLC0415
 
         from export.graph import export_onnx  # noqa: PLC0415
+        from export.half import to_half  # noqa: PLC0415
     except ImportError as error:
         raise Missing(f"--op-library needs the `gpu` extra: {error}") from error
     provider = "CUDAExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise Missing("this ONNX Runtime has no CUDA: install onnxruntime-gpu")
-    onnx.save(export_onnx(model, half), folder / "model.onnx")
+    proto = export_onnx(model)
+    onnx.save(to_half(proto) if half else proto, folder / "model.onnx")
     session_options = onnxruntime.SessionOptions()
     session_options.register_custom_ops_library(str(op_library))
     session = onnxruntime.InferenceSession(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from export import tensorrt
+from export.half import to_half
 from export.repository import write_model
 
 # PyTorch is imported where it is used: where engines are built there is none.
@@ -49,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--name", default="flownet2", help="the model's name (default: %(default)s)"
     )
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of model.onnx, which the CPU runs (default: %(default)s); GPUs run fp16 either way",
+    )
     return parser
 
 
@@ -72,7 +78,9 @@ def _export(options: argparse.Namespace) -> int:
         "weights_source": file.source,
         "weights_license": file.license,
     }
-    proto = export_onnx(model, half=options.precision == "fp16")
+    proto = export_onnx(model)
+    if options.precision == "fp16":
+        proto = to_half(proto)
     folder = write_model(options.repository, options.name, proto, description)
     print(f"{options.network} with {options.weights} -> {folder}")
     return 0

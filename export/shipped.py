@@ -14,17 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf import text_format
 from numpy.typing import NDArray
 from safetensors import safe_open
-from tritonclient.grpc import model_config_pb2 as pb
 
-from export.repository import write_model
+from export.repository import DESCRIPTION, MODEL, write_model
 
 FOLDER = Path(__file__).parent.parent / "weights"
 WEIGHTS = FOLDER / "flownet2.safetensors"
 GRAPH = FOLDER / "flownet2.onnx"
 NAME = "flownet2"
+SHIPPED = "shipped_weights"  # a parameter that no other model's description has
 
 
 def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
@@ -49,6 +48,7 @@ def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
         "parameters": str(sum(t.size for name, t in tensors.items() if "." in name)),
         "weights_source": metadata["source"],
         "weights_license": metadata["license"],
+        SHIPPED: "yes",
     }
     return model, description
 
@@ -66,16 +66,12 @@ def _name_in_file(parameter: str) -> str:
     return ".".join((parts[1], *parts[-2:])) if len(parts) > 1 else parameter
 
 
-def other_weights(repository: Path) -> str | None:
-    """Where the weights of ``<repository>/flownet2`` are from, by its configuration; None if they
-    are those that ship, or if there is no model."""
-    folder = repository / NAME
-    if not ((folder / "config.pbtxt").is_file() and (folder / "1" / "model.onnx").is_file()):
-        return None
-    text = (folder / "config.pbtxt").read_text(encoding="utf-8")
-    source = text_format.Parse(text, pb.ModelConfig()).parameters["weights_source"].string_value
-    with safe_open(WEIGHTS, framework="np") as file:
-        return None if source == file.metadata()["source"] else source or "unknown"
+def holds_other_model(repository: Path) -> bool:
+    """Whether a model of other weights was exported to ``<repository>/flownet2``."""
+    version = repository / NAME / "1"
+    if not ((version / MODEL).is_file() and (version / DESCRIPTION).is_file()):
+        return False
+    return SHIPPED not in (version / DESCRIPTION).read_text(encoding="utf-8")
 
 
 def write_graph() -> None:
@@ -100,10 +96,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.write_graph:
         write_graph()
-    elif options.keep_other and (source := other_weights(options.repository)):
-        print(
-            f"{options.repository / NAME} keeps its weights ({source}); `make model` replaces them"
-        )
+    elif options.keep_other and holds_other_model(options.repository):
+        print(f"{options.repository / NAME} keeps its other weights; `make model` replaces them")
     else:
         print(f"{write_shipped(options.repository)} -> {options.repository / NAME}")
 

@@ -32,7 +32,8 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from export.repository import IMAGE_INPUTS, MAX_BATCH_SIZE, USUAL_SIZE, replacing
+from export.repository import HALF_MODEL, replacing
+from flownet2.contract import GRID, IMAGE_INPUTS, MAX_BATCH_SIZE
 
 PLUGIN = "libflownet2_tensorrt.so"  # found by the loader in the image of Triton
 PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "Correlation", "1", "flownet2"
@@ -213,7 +214,7 @@ def build_engine(
         EngineError: a subclass for each cause.
     """
     folder = repository / name / "1"
-    path = folder / "model.onnx"
+    path = folder / HALF_MODEL
     model = read_model(path)
     gpu = find_gpu()
     trt = import_tensorrt()
@@ -451,9 +452,7 @@ def profiles(gpu_memory: int, pixel_bytes: int) -> tuple[Profile, Profile, Profi
     batch_height, batch_width = (min(batch_edge, size) for size in BATCH_OPTIMUM)
     single_height, single_width = (min(single_edge, size) for size in SINGLE_OPTIMUM)
     return (
-        Profile(
-            (1, *USUAL_SIZE), (MAX_BATCH_SIZE // 2, *USUAL_SIZE), (MAX_BATCH_SIZE, *USUAL_SIZE)
-        ),
+        Profile((1, *GRID), (MAX_BATCH_SIZE // 2, *GRID), (MAX_BATCH_SIZE, *GRID)),
         Profile(
             least,
             (MAX_BATCH_SIZE // 2, batch_height, batch_width),

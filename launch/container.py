@@ -8,7 +8,6 @@ the probes of Triton and the gateway's `/readyz` fail while an engine is built.
 import ctypes
 import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +15,16 @@ import threading
 from pathlib import Path
 
 from export import tensorrt
-from export.repository import ONNX_OP_LIBRARY
 from launch.check import Canary
 from launch.errors import LaunchError
+from launch.repository import assemble
 from launch.supervisor import Supervisor
 from launch.triton import Address, check_repository, options, run
 
-CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"  # files of `<model>/configs/`
+# Files of `<model>/configs/`; for the CPU there is none, and Triton takes `config.pbtxt`.
+CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"
+
+ONNX_OP_LIBRARY = "libflownet2_onnxruntime.so"  # named in `onnx.pbtxt`; the loader finds it
 
 
 def main(arguments: list[str]) -> int:
@@ -54,39 +56,6 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def assemble(repository: Path, sources: list[Path]) -> list[str]:
-    """Make `repository` hold the models of `sources`, by links; of two of one name the last.
-
-    The sources stay as they are, and may be read-only. What else is in a model's folder, such as
-    its engines, stays; folders of models that no source has any more are removed.
-
-    Returns:
-        The models' names.
-    """
-    models: dict[str, Path] = {}
-    for source in sources:
-        for config in sorted(source.glob("*/config.pbtxt")):
-            models[config.parent.name] = config.parent
-    repository.mkdir(parents=True, exist_ok=True)
-    for found in repository.iterdir():
-        if not found.is_dir() or found.is_symlink():
-            found.unlink()
-        elif found.name not in models:
-            shutil.rmtree(found)
-    for name, model in models.items():
-        for link in (repository / name).rglob("*"):
-            # Of an earlier start, maybe to another source; the engines' builder may link its own.
-            if link.is_symlink() and not link.resolve().is_relative_to(repository.resolve()):
-                link.unlink()
-        for file in model.rglob("*"):
-            if file.is_file():
-                link = repository / name / file.relative_to(model)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.unlink(missing_ok=True)
-                link.symlink_to(file.absolute())
-    return sorted(models)
 
 
 def choose_configuration(repository: Path, models: list[str]) -> str:

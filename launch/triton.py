@@ -23,6 +23,7 @@ from launch.check import answers_ok
 from launch.child import Child, Echo
 from launch.errors import LaunchError
 from launch.ports import check_free, free_ports, host_from_environment, port_from_environment
+from launch.repository import assemble
 from launch.shared_memory import region_names
 
 START_SECONDS = 600.0
@@ -127,7 +128,7 @@ def serve(
                 "shell may misread: set it to a folder without one, such as /tmp"
             )
         models = Path(folder) / "models"
-        models.symlink_to(repository.resolve())
+        assemble(models, [repository.resolve()])
         backends = _backends(wheel, stub, Path(folder))
         command = [
             str(wheel / "bin" / "tritonserver"),

@@ -11,7 +11,6 @@ that carries flow stays float32, see :func:`cast_to_bfloat16`. Elsewhere everyth
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import sys
@@ -154,10 +153,9 @@ class TritonPythonModel:
         """Load the network."""
         folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.engine = Engine(folder / "model.onnx")
-        parameters = json.loads(arguments["model_config"])["parameters"]
         pb_utils.Logger.log_info(
-            f"{arguments['model_name']}: {parameters['network']['string_value']} on OpenVINO "
-            f"{openvino.get_version()}, {self.engine.precision}, {available_cores()} threads"
+            f"{arguments['model_name']} on OpenVINO {openvino.get_version()}, "
+            f"{self.engine.precision}, {available_cores()} threads"
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -1,5 +1,7 @@
-"""Every configuration, parsed with Triton's own protobuf, held against the contract."""
+"""The configurations, parsed with Triton's own protobuf, and what an export adds to them."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import onnx
@@ -9,135 +11,126 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 from export import repository
+from flownet2 import contract
 
+ROOT = Path(__file__).parents[2]
 DESCRIPTION = {
     "network": "FlowNet2-c",
     "parameters": "5500000",
-    "weights_source": 'the "training" folder',
+    "weights_source": 'the "training" folder, C:\\weights, größer',
     "weights_license": "GPL-3.0-or-later",
 }
-FILES = ("config.pbtxt", "configs/cpu.pbtxt", "configs/onnx.pbtxt", "configs/tensorrt.pbtxt")
+GPU = repository.CONFIGURATIONS[1:]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = ["batch", "height", "width"]
-    images = [
-        helper.make_tensor_value_info(name, TensorProto.UINT8, [*shape, 3])
-        for name in ("image1", "image2")
-    ]
-    flow = helper.make_tensor_value_info("flow", TensorProto.FLOAT, [*shape, 2])
-    graph = helper.make_graph([], "graph", images, [flow])
-    return repository.write_model(
-        tmp_path_factory.mktemp("repository"), "flownet2", helper.make_model(graph), DESCRIPTION
+def parse(text: str) -> pb.ModelConfig:
+    return text_format.Parse(text, pb.ModelConfig())
+
+
+@pytest.fixture(params=repository.CONFIGURATIONS)
+def config(request: pytest.FixtureRequest) -> pb.ModelConfig:
+    return parse((repository.TEMPLATE / request.param).read_text(encoding="utf-8"))
+
+
+def test_configuration_keeps_the_contract(config: pb.ModelConfig) -> None:
+    assert config.max_batch_size == contract.MAX_BATCH_SIZE
+    image = (pb.DataType.Value(f"TYPE_{contract.IMAGE_TYPE}"), [-1, -1, 3])
+    assert {t.name: (t.data_type, list(t.dims)) for t in config.input} == dict.fromkeys(
+        contract.IMAGE_INPUTS, image
     )
+    (flow,) = config.output
+    assert (flow.name, list(flow.dims)) == (contract.FLOW_OUTPUT, [-1, -1, 2])
+    assert pb.DataType.Name(flow.data_type) == f"TYPE_{contract.FLOW_TYPE}"
 
 
-def parse(file: Path) -> pb.ModelConfig:
-    return text_format.Parse(file.read_text(encoding="utf-8"), pb.ModelConfig())
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_configuration_keeps_the_contract(folder: Path, file: str) -> None:
-    config = parse(folder / file)
-    assert config.name == "flownet2"
-    assert config.max_batch_size >= 8
-    inputs = [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in config.input]
-    assert inputs == [
-        ("image1", pb.TYPE_UINT8, [-1, -1, 3]),
-        ("image2", pb.TYPE_UINT8, [-1, -1, 3]),
-    ]
-    outputs = [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in config.output]
-    assert outputs == [("flow", pb.TYPE_FP32, [-1, -1, 2])]
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
-    if config.backend == "tensorrt":
-        assert parameters.pop("execution_context_allocation_strategy") == "ON_PROFILE_CHANGE"
-    if config.backend == "onnxruntime":
-        assert parameters.pop("cudnn_conv_algo_search") == "1"  # HEURISTIC
-    assert parameters == DESCRIPTION
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_queue_is_bounded_and_rejects(folder: Path, file: str) -> None:
-    batching = parse(folder / file).dynamic_batching
-    assert 0 < batching.max_queue_delay_microseconds <= 5000
-    queue = batching.default_queue_policy
+def test_queue_is_bounded_and_rejects(config: pb.ModelConfig) -> None:
+    """Without any of these limits Triton would prefetch batches (see triton_batching.cpp)."""
+    queue = config.dynamic_batching.default_queue_policy
     assert 0 < queue.max_queue_size <= 1000
     assert queue.timeout_action == pb.ModelQueuePolicy.REJECT
-    assert queue.default_timeout_microseconds > 0
     assert queue.allow_timeout_override
+    longest = pytest.importorskip("gateway.settings").Settings().max_timeout_s
+    assert queue.default_timeout_microseconds >= longest * 1_000_000
 
 
-def test_gateway_may_ask_for_its_longest_deadline() -> None:
-    settings = pytest.importorskip("gateway.settings").Settings()
-    assert settings.max_timeout_s * 1_000_000 <= repository.QUEUE_TIMEOUT_US
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_warm_up_runs_the_usual_size(folder: Path, file: str) -> None:
-    config = parse(folder / file)
-    sizes = [warmup.batch_size for warmup in config.model_warmup]
-    assert sizes == ([1, 8] if config.backend == "python" else list(range(1, 9)))
+def test_warm_up_runs_one_pair_and_a_full_batch(config: pb.ModelConfig) -> None:
+    assert [w.batch_size for w in config.model_warmup] == [1, contract.MAX_BATCH_SIZE]
     for warmup in config.model_warmup:
         for tensor in config.input:
             image = warmup.inputs[tensor.name]
-            assert (image.data_type, list(image.dims)) == (tensor.data_type, [512, 512, 3])
-            assert image.WhichOneof("input_data_type") == "random_data"
+            assert (image.data_type, list(image.dims)) == (tensor.data_type, [*contract.GRID, 3])
+            assert image.random_data
 
 
-def test_default_is_the_cpu(folder: Path) -> None:
-    assert (folder / "config.pbtxt").read_bytes() == (folder / "configs/cpu.pbtxt").read_bytes()
-    config = parse(folder / "config.pbtxt")
-    assert (config.backend, config.default_model_filename) == ("python", "model.py")
-    assert [(g.kind, g.count) for g in config.instance_group] == [
-        (pb.ModelInstanceGroup.KIND_CPU, 1)
+@pytest.mark.parametrize("file", GPU)
+def test_a_gpu_runs_half_precision_and_keeps_no_request_waiting(file: str) -> None:
+    config = parse((repository.TEMPLATE / file).read_text(encoding="utf-8"))
+    assert config.default_model_filename in (repository.HALF_MODEL, "model.plan")
+    assert [group.kind for group in config.instance_group] == [pb.ModelInstanceGroup.KIND_GPU]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 0
+
+
+def test_the_op_library_is_one_that_the_plugins_build() -> None:
+    onnx_config = parse((repository.TEMPLATE / "configs/onnx.pbtxt").read_text(encoding="utf-8"))
+    (library,) = onnx_config.model_operations.op_library_filename
+    target = re.fullmatch(r"lib(\w+)\.so", library)
+    assert target is not None
+    cmake = (ROOT / "plugins" / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert f"add_library({target[1]} SHARED" in cmake
+
+
+def model(producer: str) -> onnx.ModelProto:
+    """A convolution of the first image, far enough from a network to be small."""
+    shape = ["batch", "height", "width", 3]
+    image = helper.make_tensor_value_info("image1", TensorProto.FLOAT, shape)
+    flow = helper.make_tensor_value_info("flow", TensorProto.FLOAT, shape)
+    weights = helper.make_tensor("weights", TensorProto.FLOAT, [1, 1, 1, 1], [2.0])
+    nodes = [
+        helper.make_node("Conv", ["image1", "weights"], ["x"]),
+        helper.make_node("Relu", ["x"], ["flow"]),
     ]
+    graph = helper.make_graph(nodes, "graph", [image], [flow], [weights])
+    return helper.make_model(graph, producer_name=producer)
 
 
-def test_onnx_runs_on_the_gpu_with_our_op_and_without_timing_algorithms(folder: Path) -> None:
-    config = parse(folder / "configs/onnx.pbtxt")
-    assert (config.backend, config.default_model_filename) == ("onnxruntime", "model.onnx")
-    assert [g.kind for g in config.instance_group] == [pb.ModelInstanceGroup.KIND_GPU]
-    assert not config.optimization.HasField("execution_accelerators")
-    (library,) = config.model_operations.op_library_filename
-    targets = (Path(__file__).parents[2] / "plugins" / "CMakeLists.txt").read_text()
-    assert f"add_library({library.removeprefix('lib').removesuffix('.so')} SHARED" in targets
+def test_an_export_writes_the_network_for_cpu_and_gpu_and_its_description(tmp_path: Path) -> None:
+    folder = repository.write_model(tmp_path, "flownet2_c", model("first"), DESCRIPTION)
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert {*repository.CONFIGURATIONS, "1/model.onnx", "1/model_fp16.onnx", "1/model.py"} < files
+    halves = onnx.load(folder / "1" / "model_fp16.onnx").graph.initializer
+    assert [weight.data_type for weight in halves] == [TensorProto.FLOAT16]
+    for file in repository.CONFIGURATIONS:
+        text = (folder / file).read_text() + (folder / "1" / "description.pbtxt").read_text()
+        parameters = parse(text).parameters
+        assert {key: parameters[key].string_value for key in DESCRIPTION} == DESCRIPTION
 
-
-def test_tensorrt_has_a_cuda_graph_for_every_batch_size(folder: Path) -> None:
-    config = parse(folder / "configs/tensorrt.pbtxt")
-    assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
-    assert config.optimization.cuda.graphs
-    graphs = {
-        graph.batch_size: {name: list(shape.dim) for name, shape in graph.input.items()}
-        for graph in config.optimization.cuda.graph_spec
-    }
-    usual = {"image1": [512, 512, 3], "image2": [512, 512, 3]}
-    assert graphs == dict.fromkeys(range(1, 9), usual)
-
-
-def test_unknown_configuration_is_named() -> None:
-    with pytest.raises(ValueError, match="no configuration 'gpu', only cpu, onnx, tensorrt"):
-        repository.model_config("flownet2", "gpu", DESCRIPTION)
-
-
-def test_writing_again_replaces_files_and_leaves_no_others(folder: Path) -> None:
-    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-    model = onnx.load(folder / "1" / "model.onnx")
-    model.producer_name = "again"
-    repository.write_model(folder.parent, "flownet2", model, DESCRIPTION)
-    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    repository.write_model(tmp_path, "flownet2_c", model("again"), DESCRIPTION)
+    assert {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} == files
     assert onnx.load(folder / "1" / "model.onnx").producer_name == "again"
 
 
-def test_committed_configurations_are_what_the_exporter_writes() -> None:
-    """The repository's own model folder; its description is part of it."""
-    committed = Path(__file__).parents[2] / "model_repository" / "flownet2"
-    if not (committed / "config.pbtxt").is_file():
-        pytest.skip("model_repository/flownet2 is not committed yet")
-    config = parse(committed / "config.pbtxt")
-    description = {key: value.string_value for key, value in config.parameters.items()}
-    for file in FILES:
-        name = "cpu" if file == "config.pbtxt" else Path(file).stem
-        expected = repository.as_text(repository.model_config("flownet2", name, description))
-        assert (committed / file).read_text(encoding="utf-8") == expected
+def test_an_export_into_the_repository_changes_no_file_that_git_tracks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked = ["ls-files", "-z", "model_repository", ".gitignore"]
+    done = subprocess.run(["git", *tracked], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("this is no checkout")
+    for file in done.stdout.rstrip("\0").split("\0"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "tracked")
+    monkeypatch.setattr(repository, "TEMPLATE", tmp_path / "model_repository" / "flownet2")
+    for name in ("flownet2", "flownet2_c"):
+        repository.write_model(tmp_path / "model_repository", name, model("own"), DESCRIPTION)
+    assert git("status", "--porcelain", "--untracked-files=no") == ""
+    assert "model.onnx" not in git("status", "--porcelain", "--untracked-files=all")

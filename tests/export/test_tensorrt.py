@@ -21,7 +21,7 @@ import pytest
 from export import tensorrt
 from export.graph import correlation_function, export_onnx
 from export.networks import NETWORKS, FlowNet2
-from export.repository import MAX_BATCH_SIZE, USUAL_SIZE
+from flownet2.contract import GRID, MAX_BATCH_SIZE
 from plugins.correlation_cases import FLOWNET_CASES
 from tests.support.correlation_model import one_node_model
 from tests.support.exported import Exported
@@ -254,16 +254,16 @@ def test_tensors_stay_below_the_number_of_values_that_tensorrt_takes() -> None:
 @pytest.mark.parametrize("memory", [4 * GIB, 8 * GIB, GPU.memory, 80 * GIB])
 def test_triton_takes_the_first_profile_for_the_usual_size_alone(memory: int) -> None:
     usual, batches, single = tensorrt.profiles(memory, 1100)
-    assert usual.minimum[1:] == usual.maximum[1:] == USUAL_SIZE
+    assert usual.minimum[1:] == usual.maximum[1:] == GRID
     assert batches.minimum == single.minimum == (1, 16, 16)
     assert batches.maximum[0] == MAX_BATCH_SIZE
     assert single.maximum[0] == 1
     batching = (Path(__file__).parents[2] / "plugins" / "triton_batching.cpp").read_text()
-    assert f"kLargestEdge = {tensorrt.SMALLEST_BATCH_EDGE};" in batching
+    assert "kLargestEdge = FLOWNET2_BATCH_EDGE;" in batching
     assert batches.maximum[1] == batches.maximum[2] >= tensorrt.SMALLEST_BATCH_EDGE
 
     for batch in range(1, 9):
-        request = (batch, *USUAL_SIZE)
+        request = (batch, *GRID)
         # Triton's EvaluateTensorRTContext adds up differences, the sizes shifted by an axis.
         for compared in ((*request, 3), (batch, *request)):
             near, *far = (
@@ -516,7 +516,7 @@ def command(repository: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
 def test_command_says_in_one_line_what_is_missing(tmp_path: Path, one_node: Path) -> None:
-    model = tmp_path / "flownet2" / "1" / "model.onnx"
+    model = tmp_path / "flownet2" / "1" / "model_fp16.onnx"
     model.parent.mkdir(parents=True)
     done = command(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")

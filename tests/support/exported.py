@@ -1,6 +1,5 @@
 """Exported networks with random weights, for the tests of what reads them."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import onnx
 import torch
 
 from export.graph import export_onnx
+from export.half import to_half
 from export.networks import NETWORKS, FlowNet2
 
 # One of each architecture; the other names differ in their weights alone.
@@ -53,7 +53,9 @@ def random_weights(name: str) -> FlowNet2:
 def export(name: str, half: bool, folder: Path) -> Iterator[Exported]:
     """One of EXPORTS; its file is removed afterwards, all of them together being large."""
     model = random_weights(name)
-    proto = export_onnx(copy.deepcopy(model) if half else model, half)
+    proto = export_onnx(model)
+    if half:
+        proto = to_half(proto)
     file = folder / "model.onnx"
     onnx.save(proto, file)
     yield Exported(name, half, model, proto, file)
