@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -25,7 +24,7 @@ from gateway.errors import (
 )
 from gateway.flow import router as flow
 from gateway.keys import KeyCheck
-from gateway.middleware import QUIET, ContextMiddleware, SecurityHeadersMiddleware
+from gateway.middleware import QUIET, ContextMiddleware, Cors, SecurityHeadersMiddleware
 from gateway.page import add_page
 from gateway.reports import probes, reports
 from gateway.schemas import SCALE_HEADERS
@@ -82,7 +81,7 @@ def _add_middleware(app: FastAPI, state: State) -> None:
     settings = state.settings
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],

@@ -83,6 +83,10 @@ class BadMultipart(GatewayError, status=400, slug="bad-multipart"):
     """The body is not a multipart form."""
 
 
+class CorsRefused(GatewayError, status=400, slug="cors-refused", of_flow=False):
+    """Other origins' pages may not do this."""
+
+
 class Unauthorized(GatewayError, status=401, slug="unauthorized"):
     """An API key is needed."""
 

@@ -35,13 +35,22 @@ MAX_TEXT_BYTES = 4 * 2**20
 MAX_SCANS = 100
 """Scans of a JPEG; ten are usual. Each visits all pixels, however few bytes it has."""
 
+MAX_PARTS = 20_000
+"""Chunks of a PNG or WebP, segments before a JPEG's pixels. Pillow and libwebp keep something for
+each, however short it is. The longest body in the 4 KB chunks of the most careful encoder has
+fewer."""
+
 _NATIVE_BYTES_PER_PIXEL = 64
 """Both images, tensors, the flow, and the flow as JSON, per pixel of an image at its own size."""
 
 _RESIZE_BYTES_PER_SIDE = 48
 """Pillow's filter coefficients, per pixel of a side."""
 
-_JPEG = ("JPEG", "MPO")
+# Of JPEG's markers, by their second byte: start of scan and end of image; fill bytes, stuffing and
+# restarts; comments and application segments but for JFIF (0xE0) and Adobe (0xEE).
+_SCAN_OR_END = (0xDA, 0xD9)
+_WITHOUT_LENGTH = (0xFF, 0x00, 0x01, *range(0xD0, 0xD9))
+_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)
 
 _SIXTEEN_TO_EIGHT = ((np.arange(2**16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
 
@@ -110,8 +119,8 @@ def _open(data: bytes, field: str, formats: list[str], max_pixels: int) -> Image
     )
     try:
         with _decoding(field):
-            image = Image.open(io.BytesIO(data), formats=formats)
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            image = Image.open(io.BytesIO(_without_excess(data)), formats=formats)
+            frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
         raise _unidentified(data, field, formats) from None
     except Image.DecompressionBombError:
@@ -133,6 +142,56 @@ def _open(data: bytes, field: str, formats: list[str], max_pixels: int) -> Image
     return image
 
 
+def _without_excess(data: bytes) -> bytes:
+    """The file as Pillow may see it: of no more parts than `MAX_PARTS`, a JPEG without metadata.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return _without_metadata(data)
+    png = data.startswith(b"\x89PNG")
+    if not png and not data.startswith(b"RIFF"):
+        return data
+    place = 8 if png else 12
+    for _ in range(MAX_PARTS):
+        if png:
+            place += 12 + int.from_bytes(data[place : place + 4])
+        else:
+            size = int.from_bytes(data[place + 4 : place + 8], "little")
+            place += 8 + size + size % 2
+        if place >= len(data):
+            return data
+    raise ValueError(f"more than {MAX_PARTS} chunks")
+
+
+def _without_metadata(jpeg: bytes) -> bytes:
+    """The JPEG without comments and application segments other than JFIF's and Adobe's, which say
+    how to decode it.
+
+    Nothing of the others is used here. Pillow joins the segments of EXIF in quadratic time, logs a
+    warning for every tag that it does not like, and takes a file with a directory of further images
+    (MPO) for another format.
+
+    Raises:
+        ValueError, IndexError: there are too many segments, or no pixels after them.
+    """
+    kept, place = [b"\xff\xd8"], 2
+    for _ in range(MAX_PARTS):
+        place = jpeg.index(b"\xff", place)  # decoders skip what stands between segments
+        marker = jpeg[place + 1]
+        if marker in _SCAN_OR_END:
+            return b"".join((*kept, memoryview(jpeg)[place:]))
+        if marker in _WITHOUT_LENGTH:
+            place += 1
+            continue
+        end = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+        if marker not in _METADATA:
+            kept.append(jpeg[place:end])
+        place = end
+    raise ValueError(f"more than {MAX_PARTS} segments before its pixels")
+
+
 @contextmanager
 def _decoding(field: str) -> Iterator[None]:
     """Turn what decoders raise on damaged files, which is about anything, into `DamagedImage`."""
@@ -145,8 +204,8 @@ def _decoding(field: str) -> Iterator[None]:
 
 
 def _scans(image: Image.Image) -> int:
-    """Scans of a JPEG, those of a thumbnail in its head too; 0 for other formats."""
-    if image.format not in _JPEG:
+    """Scans of a JPEG; 0 for other formats."""
+    if image.format != "JPEG":
         return 0
     assert isinstance(image, ImageFile.ImageFile)
     assert isinstance(image.fp, io.BytesIO)
@@ -223,7 +282,7 @@ def _bytes_per_pixel(image: Image.Image) -> int:
     """What decoding and resizing take for each pixel, as measured with Pillow 13."""
     if image.format == "WEBP":
         return 16  # libwebp's two canvases, a copy, and the image
-    if image.format in _JPEG:
+    if image.format == "JPEG":
         # libjpeg keeps the coefficients of all components, unless one scan brings everything.
         return 12 if _scans(image) > 1 or "progressive" in image.info else 4
     # Images with alpha are resized as a copy multiplied by it; deeper ones are made 8-bit.

@@ -1,9 +1,17 @@
-"""Triton: which endpoints are there, what they serve, and a flow from one of them."""
+"""Triton: which endpoints are there, what they serve, and a flow from one of them.
+
+Not by gRPC's own `dns:///` with `round_robin`: it looks a name up again only when a connection
+fails, so a Triton that is added gets no work; its retries cannot tell a lost connection from a
+full queue, which Triton reports as UNAVAILABLE too; its health checks ask the server, and not
+whether the model answers.
+"""
 
 import asyncio
 import itertools
 import logging
+import math
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +38,9 @@ INPUTS = dict.fromkeys(contract.IMAGE_INPUTS, (contract.IMAGE_TYPE, [-1, -1, -1,
 OUTPUTS = {contract.FLOW_OUTPUT: (contract.FLOW_TYPE, [-1, -1, -1, 2])}
 
 POLL_SECONDS = 0.5
+CANARY_SECONDS = 3.0
+"""After so long without a flow from an idle endpoint it is asked for one."""
+CANARY = np.zeros((contract.SIZE_MULTIPLE, contract.SIZE_MULTIPLE, 3), np.uint8)
 RESOLVE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
 """A Triton that computes on all cores may answer late; one that is gone refuses at once."""
@@ -148,11 +159,17 @@ class Endpoint:
     """One Triton: its connection, and what it served when last asked."""
 
     address: str
+    default_model: str
     version: str = ""
     models: dict[str, Model] = field(default_factory=dict)
     error: str = "not asked yet"
 
     def __post_init__(self) -> None:
+        # What Triton calls ready may be dead (a Python backend's process that was killed), so these
+        # are served again after an answer.
+        self.unproven = {self.default_model}
+        self._in_flight = 0
+        self._answered = -math.inf
         self.client = triton.InferenceServerClient(self.address, channel_args=_CHANNEL)
 
     async def watch(self) -> None:
@@ -182,10 +199,27 @@ class Endpoint:
         for name, version in sorted(ready):
             try:
                 models[name] = known.get((name, version)) or await self._describe(name, version)
+                await self._prove(name)
             except ContractBroken as error:
                 errors.append(f"{name}: {error}")
+            except (EndpointLost, GatewayError) as error:
+                errors.append(f"{name} does not answer: {error}")
+                self.unproven.add(name)
+                del models[name]
         self.models = models
         self.error = "; ".join(errors) or ("" if models else "no model is ready")
+
+    async def _prove(self, model: str) -> None:
+        """Ask a model for a flow, if it is time to.
+
+        Raises:
+            EndpointLost, GatewayError: there was none.
+        """
+        idle = not self._in_flight and time.monotonic() - self._answered > CANARY_SECONDS
+        if model in self.unproven or (idle and model == self.default_model):
+            await self.infer(
+                model, CANARY, CANARY, timeout=PATIENCE_SECONDS, request_id="canary", headers={}
+            )
 
     async def _describe(self, name: str, version: str) -> Model:
         check_contract(await self.client.get_model_metadata(name, version))
@@ -229,6 +263,7 @@ class Endpoint:
             tensor = triton.InferInput(name, [1, height, width, 3], contract.IMAGE_TYPE)
             tensor.set_data_from_numpy(image[None])
             inputs.append(tensor)
+        self._in_flight += 1
         try:
             result = await self.client.infer(
                 model,
@@ -240,7 +275,13 @@ class Endpoint:
             )
         except InferenceServerException as error:
             raise classify(error) from error
-        return check_flow(result.as_numpy(contract.FLOW_OUTPUT), height, width)
+        finally:
+            self._in_flight -= 1
+        flow = check_flow(result.as_numpy(contract.FLOW_OUTPUT), height, width)
+        self.unproven.discard(model)
+        if model == self.default_model:
+            self._answered = time.monotonic()
+        return flow
 
 
 class Cluster:
@@ -307,7 +348,7 @@ class Cluster:
         """Watch these addresses and no others."""
         known = {endpoint.address: endpoint for endpoint in self._watches}
         for address in wanted - known.keys():
-            endpoint = Endpoint(address)
+            endpoint = Endpoint(address, self._default_model)
             self._watches[endpoint] = asyncio.create_task(endpoint.watch())
         for address in known.keys() - wanted:
             # Requests in flight still hold it; its connection closes with the last of them.
@@ -329,7 +370,8 @@ class Cluster:
         models = self.models()
         if model in models:
             return models[model]
-        if models and model != self._default_model:
+        unproven = any(model in endpoint.unproven for endpoint in self.endpoints)
+        if models and not unproven and model != self._default_model:
             raise UnknownModel(
                 f"There is no model {model[:40]!r}; there are {', '.join(sorted(models))}.",
                 field="model",
@@ -374,6 +416,7 @@ class Cluster:
                 )
             except EndpointLost as error:
                 endpoint.lose(str(error))
+                endpoint.unproven.add(model)
                 lost.append(endpoint)
                 log.warning(
                     "endpoint lost during a request: %s",

@@ -6,10 +6,12 @@ import uuid
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.context import Context
-from gateway.errors import InternalError
+from gateway.errors import CorsRefused, GatewayError, InternalError
 from gateway.metrics import Metrics
 
 log = logging.getLogger("gateway.access")
@@ -17,6 +19,7 @@ log = logging.getLogger("gateway.access")
 QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 """What is asked every few seconds: logged with the level DEBUG."""
 
+_BUG = "This is a bug of the gateway; its log says more."
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -58,11 +61,12 @@ class ContextMiddleware:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:
-            context.outcome = InternalError.slug
-            log.exception("unhandled", extra={"request_id": context.request_id})
+        except Exception as caught:
+            error = caught if isinstance(caught, GatewayError) else InternalError(_BUG)
+            context.outcome = error.slug
+            if isinstance(error, InternalError):
+                log.exception("unhandled", extra={"request_id": context.request_id})
             if status == 0:
-                error = InternalError("This is a bug of the gateway; its log says more.")
                 response = error.response(context.request_id, self.retry_after_s)
                 await response(scope, receive, send_with_headers)
         finally:
@@ -92,6 +96,24 @@ class ContextMiddleware:
                 **context.trace_headers,
             },
         )
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, but that a preflight which it refuses is told as other errors are."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The response to a preflight.
+
+        Raises:
+            CorsRefused: it asks for something that is not allowed.
+        """
+        response = super().preflight_response(request_headers)
+        if response.status_code == CorsRefused.status:
+            raise CorsRefused(
+                f"{bytes(response.body).decode()}. GATEWAY_CORS_ORIGINS names those that may.",
+                headers={"Vary": response.headers["Vary"]},
+            )
+        return response
 
 
 @dataclass

@@ -1,15 +1,62 @@
-"""HTTP as uvicorn reads it with h11, with this service's response to what is no HTTP."""
+"""HTTP as uvicorn reads it with h11, with limits on connections that ask for nothing, and with this
+service's response to what is no HTTP."""
 
+import asyncio
+import resource
 import uuid
+from typing import ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.errors import BadRequest
 
+HEAD_SECONDS = 5.0
+"""A connection whose request has no complete head for so long is closed."""
+
+MAX_CONNECTIONS = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 4096)
+"""With more, the one that has waited longest for a request makes room: there must be file
+descriptors left for all else."""
+
 
 class Protocol(H11Protocol):
     """One connection."""
+
+    _waiting: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}
+    """Connections that have no request, that which waits longest first, and the end of each."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._watch_head()
+        if len(self.connections) > MAX_CONNECTIONS:
+            next(iter(self._waiting)).timeout_keep_alive_handler()
+
+    def data_received(self, data: bytes) -> None:
+        """Read a request, or a part of one."""
+        super().data_received(data)
+        self._watch_head()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request."""
+        super().on_response_complete()
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing."""
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _watch_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self not in self._waiting:
+            end = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+            self._waiting[self] = end
+
+    def _stop_waiting(self) -> None:
+        if end := self._waiting.pop(self, None):
+            end.cancel()
 
     def send_400_response(self, msg: str) -> None:
         """Tell what bytes that are no request are, and hang up."""

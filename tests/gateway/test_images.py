@@ -24,7 +24,13 @@ from gateway.errors import (
     UnsupportedImageFormat,
 )
 from tests.support.gateway_stack import ROOT, encoded, picture
-from tests.support.hostile_images import bad_images, good_images, interlaced, no_palette
+from tests.support.hostile_images import (
+    bad_images,
+    good_images,
+    interlaced,
+    no_palette,
+    repetitive_exif,
+)
 
 FORMATS = ["PNG", "JPEG", "WEBP"]
 GOOD = dict(good_images())
@@ -84,6 +90,12 @@ def test_native_keeps_the_size_and_ignores_orientation() -> None:
     assert prepare(encoded(picture(1, 64, 48), "JPEG", exif=exif), native=True).shape == (48, 64, 3)
 
 
+def test_metadata_is_not_looked_at() -> None:
+    """Pillow would warn, which is an error here, of each tag of this EXIF."""
+    file = encoded(picture(1), "JPEG", exif=repetitive_exif())
+    np.testing.assert_array_equal(prepare(file), as_before(encoded(picture(1), "JPEG")))
+
+
 @pytest.mark.parametrize(
     ("name", "error"),
     [
@@ -100,6 +112,10 @@ def test_native_keeps_the_size_and_ignores_orientation() -> None:
         ("10000000-wide", ImageTooLarge),
         ("65501-high", ImageTooLarge),
         ("jpeg-many-scans", DamagedImage),
+        ("png-many-chunks", DamagedImage),
+        ("jpeg-many-segments", DamagedImage),
+        ("jpeg-filled", DamagedImage),
+        ("webp-many-chunks", DamagedImage),
         ("ztxt-bomb", DamagedImage),
         ("itxt-bomb", DamagedImage),
         ("many-texts", DamagedImage),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
@@ -68,7 +69,7 @@ def infer(address: str, model: str, timeout: float, count: int = 1) -> list[obje
     """What `count` simultaneous inferences end in."""
 
     async def run() -> list[object]:
-        endpoint = Endpoint(address)
+        endpoint = Endpoint(address, "flownet2")
         try:
             calls = [
                 endpoint.infer(model, IMAGE, IMAGE, timeout=timeout, request_id="t", headers={})
@@ -98,7 +99,7 @@ def test_timeout_of_the_request_bounds_tritons_queue(closed_form_triton: triton.
     """Triton itself gives up on a request that waits too long, without the gRPC deadline's help."""
 
     async def run() -> object:
-        endpoint = Endpoint(closed_form_triton.address.grpc)
+        endpoint = Endpoint(closed_form_triton.address.grpc, "flownet2")
         client_infer = endpoint.client.infer
 
         async def without_deadline(*arguments: object, **options: object) -> object:
@@ -218,3 +219,43 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
     expected = expected_flow(first, second)
     for answer in answers:
         np.testing.assert_allclose(np.array(answer.json()["flow"]), expected, atol=1e-5)
+
+
+def stub_of(server: triton.Triton) -> psutil.Process:
+    """The process in which a Triton runs its Python model."""
+    return next(
+        one
+        for one in psutil.Process(server.child.pid).children(recursive=True)
+        if "stub" in one.name() or "stub" in " ".join(one.cmdline())
+    )
+
+
+def test_a_model_that_is_dead_behind_a_ready_triton(tmp_path: Path) -> None:
+    """Triton calls a model ready whose Python process was killed. It gets no requests, also when
+    there were none to fail, and the gateway is ready no more when it is the last one."""
+    write_model(tmp_path / "repository")
+    body = as_json(encoded(picture(1)), encoded(picture(2)))
+    with (
+        triton.serve(tmp_path / "repository") as first,
+        triton.serve(tmp_path / "repository") as second,
+        run_gateway(f"{first.address.grpc},{second.address.grpc}", tmp_path / "log") as gateway,
+    ):
+
+        def serving(count: int) -> bool:
+            return f"endpoints_serving {count}.0" in gateway.client.get("/metrics").text
+
+        wait_until(lambda: serving(2))
+        stub_of(first).kill()
+        statuses = {gateway.client.post("/estimate_flow/", json=body).status_code for _ in range(6)}
+        assert statuses == {200}
+        wait_until(lambda: serving(1))
+        stub_of(second).kill()
+        wait_until(lambda: serving(0))  # by the canary alone
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            assert gateway.get("/readyz") == 503
+            answer = gateway.client.post("/estimate_flow/", json=body)
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+        errors = [one["error"] for one in gateway.client.get("/healthz").json()["triton"]]
+        assert all("does not answer" in error for error in errors)

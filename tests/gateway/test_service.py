@@ -143,6 +143,7 @@ class TestAnswers:
             "flownet2",
             "slow",
             "nan",
+            "far",
             "raising",
         }  # those that keep the contract
 
@@ -230,7 +231,7 @@ class TestErrors:
         check_problem(answer, 422, "invalid-parameter", "size")
         answer = client.post(PATH, params={"model": "nosuch"}, json=BODY)
         check_problem(answer, 404, "unknown-model", "model")
-        assert "flownet2, nan, raising, slow" in answer.json()["detail"]
+        assert "far, flownet2, nan, raising, slow" in answer.json()["detail"]
         check_problem(
             client.post(PATH, params={"model": "wrong_type"}, json=BODY),
             404,
@@ -285,9 +286,10 @@ class TestErrors:
         assert answer.headers["Connection"] == "close"
 
     def test_models_that_fail(self, gateway: Gateway) -> None:
-        answer = gateway.client.post(PATH, params={"model": "nan"}, json=BODY)
-        check_problem(answer, 502, "model-failed")
-        assert "finite" in answer.json()["detail"]
+        for model in ("nan", "far"):
+            answer = gateway.client.post(PATH, params={"model": model}, json=BODY)
+            check_problem(answer, 502, "model-failed")
+            assert "finite" in answer.json()["detail"]
         answer = gateway.client.post(PATH, params={"model": "raising"}, json=BODY)
         check_problem(answer, 502, "model-failed")
         assert "a fault made on purpose" in answer.json()["detail"]
@@ -466,6 +468,12 @@ class TestOtherSettings:
                 headers={"Origin": "https://b.example", "Access-Control-Request-Method": "POST"},
             )
             assert preflight.headers["access-control-allow-origin"] == "https://b.example"
+            refused = client.options(
+                PATH,
+                headers={"Origin": "https://c.example", "Access-Control-Request-Method": "POST"},
+            )
+            check_problem(refused, 400, "cors-refused")
+            assert "access-control-allow-origin" not in refused.headers
         assert "first-key" not in (tmp_path / "log").read_text()
 
     def test_overload(self, closed_form_triton: triton.Triton, tmp_path: Path) -> None:
@@ -491,6 +499,26 @@ class TestOtherSettings:
                 assert answer.headers["retry-after"] == "7"
             wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
             assert gateway.client.post(PATH, json=BODY).status_code == 200
+
+    def test_connections_that_ask_for_nothing(self, tmp_path: Path) -> None:
+        """Half a head, or none, is closed after a while; many of them stop nobody."""
+        with run_gateway("127.0.0.1:1", tmp_path / "log", descriptors=80) as gateway:
+            address = ("127.0.0.1", int(gateway.url.rpartition(":")[2]))
+            with contextlib.ExitStack() as stack:
+                half = stack.enter_context(socket.create_connection(address))
+                for _ in range(150):
+                    stack.enter_context(socket.create_connection(address))
+                assert gateway.get("/livez") == 200
+                began = time.monotonic()
+                half = stack.enter_context(socket.create_connection(address))
+                half.settimeout(0.5)
+                ended = False
+                while not ended:
+                    assert time.monotonic() - began < 20
+                    with contextlib.suppress(TimeoutError):
+                        ended = half.recv(1) == b""
+                    with contextlib.suppress(OSError):
+                        half.sendall(b"GET /livez HTTP/1.1\r\n" if not ended else b"")
 
     def test_slow_readers_are_counted(
         self, closed_form_triton: triton.Triton, tmp_path: Path

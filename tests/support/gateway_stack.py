@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -72,6 +73,7 @@ def write_repository(folder: Path) -> Path:
     )
     write_model(folder, "slow", queue=2, delay_s=2, journal=folder / "journal")
     write_model(folder, "nan", fault="nan")
+    write_model(folder, "far", fault="far")
     write_model(folder, "raising", fault="raise")
     write_model(folder, "wrong_type", flow_type="TYPE_FP16")
     write_model(folder, "wrong_name", second="frame2")
@@ -88,7 +90,9 @@ def free_port() -> int:
 class Gateway:
     """`python -m gateway` as a child process, and a client of it."""
 
-    def __init__(self, endpoints: str, log: Path, **environment: str) -> None:
+    def __init__(
+        self, endpoints: str, log: Path, *, descriptors: int | None = None, **environment: str
+    ) -> None:
         self.url = f"http://127.0.0.1:{environment.setdefault('PORT', str(free_port()))}"
         self.log = log
         clean = {
@@ -98,7 +102,12 @@ class Gateway:
         }
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway"],
+                [
+                    *(["prlimit", f"--nofile={descriptors}"] if descriptors else []),
+                    sys.executable,
+                    "-m",
+                    "gateway",
+                ],
                 cwd=ROOT,
                 env={**clean, "TRITON_ENDPOINTS": endpoints, **environment},
                 stderr=output,
@@ -120,9 +129,9 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def run_gateway(endpoints: str, log: Path, **environment: str) -> Iterator[Gateway]:
+def run_gateway(endpoints: str, log: Path, **options: Any) -> Iterator[Gateway]:
     """A gateway that answers /livez, and /readyz if it has endpoints that serve."""
-    gateway = Gateway(endpoints, log, **environment)
+    gateway = Gateway(endpoints, log, **options)
     try:
         wait_until(lambda: gateway.get("/livez") == 200)
         yield gateway

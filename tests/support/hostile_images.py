@@ -90,6 +90,13 @@ def bad_images() -> Iterator[tuple[str, bytes]]:
         "many-texts",
         png(16, 16, pixels, *[chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(900_000)))] * 40),
     )
+    jpeg = encoded(picture(1), "JPEG")
+    yield "png-many-chunks", png(16, 16, pixels, chunk(b"prVt", b"") * 30_000)
+    yield "jpeg-many-segments", jpeg[:2] + b"\xff\xe5\0\2" * 30_000 + jpeg[2:]
+    yield "jpeg-filled", jpeg[:2] + b"\xff" * 30_000 + jpeg[2:]
+    webp = encoded(picture(1), "WEBP")
+    parts = webp[8:] + b"abcd\0\0\0\0" * 30_000
+    yield "webp-many-chunks", b"RIFF" + struct.pack("<I", len(parts)) + parts
     frames = [picture(seed) for seed in range(3)]
     for form in ("WEBP", "PNG"):
         yield (
@@ -109,7 +116,6 @@ def bad_images() -> Iterator[tuple[str, bytes]]:
     body = b"VP8X" + struct.pack("<I", 10) + canvas + webp[12:]
     yield "webp-canvas-bomb", b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
     exif = b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 60
-    jpeg = encoded(frames[0], "JPEG")
     yield "jpeg-cut-in-exif", jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif[:30]
 
 
@@ -117,6 +123,14 @@ def no_palette() -> bytes:
     """A PNG of colours that a palette should name, without one."""
     coloured = zlib.compress((b"\0" + bytes(64)) * 64)
     return png(64, 64, coloured, chunk(b"tRNS", b"\0"), colour=3)
+
+
+def repetitive_exif() -> bytes:
+    """64 KB of EXIF, in which 2,500 tags have the same 30 KB for their value."""
+    count, size = 2_500, 30_000
+    tags = (struct.pack("<HHII", tag, 7, size, 30_500) for tag in range(count))
+    directory = struct.pack("<H", count) + b"".join(tags)
+    return b"Exif\0\0" + (b"II*\0\x08\0\0\0" + directory).ljust(30_500, b"\0") + bytes(size)
 
 
 def many_scans(jpeg: bytes, count: int) -> bytes:
@@ -145,6 +159,11 @@ def good_images() -> Iterator[tuple[str, bytes]]:
     yield "palette-transparent", encoded(palette, transparency=3)
     yield "png-then-html", encoded(picture(1)) + b"<html><script>alert(1)</script>"
     yield "interlaced", interlaced(np.asarray(grey))
+    yield "jpeg-mpo", encoded(picture(1), "MPO", save_all=True, append_images=[picture(2)])
+    yield (
+        "jpeg-comment",
+        encoded(picture(1), "JPEG", comment="ÿ\xff" * 100, icc_profile=b"x" * 70_000),
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter: ignored
     yield "jpeg-turned", encoded(picture(1), "JPEG", exif=exif)

@@ -4,7 +4,7 @@ flow[y, x] = ((R2 - R1) / 8, (G2 - G1) / 8), differences of the two images' red 
 
 The model's `parameters` choose how it misbehaves: `delay_s` sleeps before the answer and stops
 early when the request is cancelled; `journal` names a file that gets a line per request ("done" or
-"cancelled"); `fault` is "nan" (a non-finite flow) or "raise".
+"cancelled"); `fault` is "nan" (a non-finite flow), "far" (one of 1e28 pixels) or "raise".
 
 Tensors pass as DLPack: the stub is compiled against NumPy 1 and misreads arrays of NumPy 2. A
 capsule that the stub has used must get the name by which NumPy knows a used one.
@@ -67,5 +67,7 @@ class TritonPythonModel:
         flow = (second - first)[..., :2] / 8
         if self.fault == "nan":
             flow[0, 0, 0, 0] = np.nan
+        if self.fault == "far":
+            flow[0, 0, 0, 0] = -1e28
         lent = Lent(np.ascontiguousarray(flow))
         return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("flow", lent)])
