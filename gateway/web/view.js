@@ -4,6 +4,7 @@ import { colourise, longest, wheel } from "./colours.js";
 
 const LARGEST = 1600; // pixels an edge that images are kept at to be looked at
 const ARROW_SPACING = 26; // CSS pixels
+const RING = 5; // radius of the crosshair, CSS pixels
 
 /** A canvas with something drawn on it. */
 function layer(width, height, draw) {
@@ -255,8 +256,8 @@ export class Viewer {
     const [x, y] = [this.#point[0] * width, this.#point[1] * height];
     const scale = width / this.size.width;
     context.beginPath();
-    context.arc(x, y, 5, 0, 2 * Math.PI);
-    arrow(context, x, y, x + u * scale, y + v * scale);
+    context.arc(x, y, RING, 0, 2 * Math.PI);
+    if (Math.hypot(u, v) * scale > RING) arrow(context, x, y, x + u * scale, y + v * scale);
     for (const [colour, thickness] of [["white", 4], ["black", 1.75]]) {
       context.strokeStyle = colour;
       context.lineWidth = thickness;
