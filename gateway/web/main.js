@@ -53,6 +53,7 @@ async function decode(image) {
 
 /** Ask for the flow of the pair and show it; whether that went well. */
 async function run() {
+  if (!live) showSlots();
   if (!pair[0] || !pair[1]) return false;
   running?.abort();
   const { signal } = (running = new AbortController());
@@ -171,7 +172,6 @@ function setImage(side, file) {
   if (untouched) pair = [null, null];
   untouched = false;
   pair[side] = { blob: file, name: file.name };
-  showSlots();
 }
 
 async function showSlots() {
@@ -197,7 +197,6 @@ for (const [side, input] of [$("image1"), $("image2")].entries()) {
 
 $("swap").addEventListener("click", () => {
   pair.reverse();
-  showSlots();
   run();
 });
 
@@ -243,6 +242,7 @@ for (const input of all('input[name="source"]')) {
 }
 
 async function openVideo(file) {
+  stop();
   clearProblems();
   video?.close();
   video = null;
@@ -262,7 +262,7 @@ $("video-file").addEventListener("change", ({ target }) => {
 
 /** Ask for the flow from one frame to the one `step` later. */
 async function showFrame(index) {
-  const step = Math.max(1, Math.round(Number($("step").value)));
+  const step = Math.max(1, Math.min(Math.round(Number($("step").value)), video.length - 1));
   const last = Math.max(0, video.length - 1 - step);
   const first = Math.min(Math.max(index, 0), last);
   $("frame").max = last;
@@ -272,7 +272,6 @@ async function showFrame(index) {
   if (frame() !== first) return true; // another one is wanted by now
   pair = frames;
   untouched = false;
-  showSlots();
   return run();
 }
 
@@ -294,6 +293,7 @@ async function play(source, button, advance) {
 function stop() {
   if (live instanceof Camera) live.close();
   live = null;
+  showSlots();
   $("status").removeAttribute("aria-live");
   $("camera").hidden = true;
   $("live").textContent = "Start the camera";
