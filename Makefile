@@ -8,10 +8,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 REPOSITORY := model_repository
 NETWORK ?= FlowNet2
 
-.PHONY: help serve test lint bench soak parity up weights model openapi lock clean
+.PHONY: help serve test lint bench soak parity images-test up weights model openapi lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 serve: $(VENV)/.serve $(REPOSITORY)/flownet2/1/model.onnx ## run Triton and the gateway on http://127.0.0.1:5003
 	@$(BIN)/python -m launch
@@ -33,6 +33,9 @@ soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minut
 
 parity: $(VENV)/.dev ## ONNX Runtime against PyTorch, every network at every size
 	$(BIN)/python -m pytest -q -s -m long
+
+images-test: $(VENV)/.dev ## both Dockerfiles, built with buildah on stand-in bases and run (as root)
+	$(BIN)/python -m pytest -q -s -m images tests/deploy
 
 up: ## the same service from docker-compose.yml: on the GPU where there is one
 	docker compose --profile $(if $(shell command -v nvidia-smi),gpu,cpu) up --build

@@ -1,4 +1,5 @@
-"""`python requirements.py EXTRA…`: the requirements of extras in the pyproject.toml beside it.
+"""`python requirements.py [EXTRA…]`: what extras in the pyproject.toml beside it require, or what
+the client alone does.
 
 The Dockerfiles install a layer of packages from it before they copy the code, so that a change of
 code leaves that layer as it is. Standard library alone: it runs before anything is installed.
@@ -10,8 +11,11 @@ from pathlib import Path
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """Those of `extras`, without the client's own; KeyError for an extra that does not exist."""
+    """Those of `extras`, without the client's own, or the client's; KeyError for an extra that does
+    not exist."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    if not extras:
+        return list(project["dependencies"])
     return [one for extra in extras for one in project["optional-dependencies"][extra]]
 
 

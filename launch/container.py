@@ -1,10 +1,12 @@
-"""`python -m launch.container REPOSITORY MODELS…`: what the image of Triton runs.
+"""`python -m launch.container [--gateway] REPOSITORY MODELS…`: what the image of Triton runs.
 
 It puts the served repository together, builds TensorRT engines where there is a GPU, chooses the
-models' configuration, and then keeps tritonserver running. Until that is ready nothing listens, so
-the probes of Triton and the gateway's `/readyz` fail while an engine is built.
+models' configuration, and then keeps tritonserver running, and the gateway (on PORT) if told to.
+Until that is ready nothing listens, so the probes of Triton and the gateway's `/readyz` fail while
+an engine is built.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -15,8 +17,11 @@ import threading
 from pathlib import Path
 
 from export import tensorrt
+from launch import gateway
 from launch.check import Canary
+from launch.child import Child
 from launch.errors import LaunchError
+from launch.ports import port_from_environment
 from launch.repository import assemble
 from launch.supervisor import Supervisor
 from launch.triton import Address, check_repository, options, run
@@ -29,14 +34,17 @@ ONNX_OP_LIBRARY = "libflownet2_onnxruntime.so"  # named in `onnx.pbtxt`; the loa
 
 def main(arguments: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; 1 when Triton cannot start or is given up."""
+    with_gateway = arguments[:1] == ["--gateway"]
+    arguments = arguments[with_gateway:]
     if len(arguments) < 2:
-        print("usage: python -m launch.container REPOSITORY MODELS…", file=sys.stderr)
+        print("usage: python -m launch.container [--gateway] REPOSITORY MODELS…", file=sys.stderr)
         return 2
     # The first process of a container ignores signals that it does not handle.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     repository = Path(arguments[0])
     try:
         address = Address.from_environment()
+        port = port_from_environment("PORT", 5003)
         models = assemble(repository, [Path(folder) for folder in arguments[1:]])
         check_repository(repository)
         configuration = choose_configuration(repository, models)
@@ -49,13 +57,24 @@ def main(arguments: list[str]) -> int:
             signal.signal(number, lambda *_: stop.set())
         canary = Canary(address.host, address.http_port)
         start = functools.partial(run, command, os.environ, address, _print)
-        with Supervisor(start, canary.fault, _say) as server:
+        start_gateway = functools.partial(_start_gateway, address, port)
+        answers = functools.partial(gateway.fault, address.host, port)
+        with Supervisor(start, canary.fault, _say) as server, contextlib.ExitStack() as stack:
+            servers = [server]
             while not stop.wait(0.2):
-                server.ready()
+                if all(one.ready() for one in servers) and with_gateway and len(servers) == 1:
+                    service = Supervisor(start_gateway, answers, _say)
+                    servers.append(stack.enter_context(service))
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _start_gateway(
+    address: Address, port: int, stop: threading.Event
+) -> contextlib.AbstractContextManager[Child]:
+    return gateway.serve(address, port, echo=_print, stop=stop)
 
 
 def choose_configuration(repository: Path, models: list[str]) -> str:

