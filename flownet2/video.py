@@ -53,27 +53,40 @@ def frames(path: str) -> Iterator[VideoFrame]:
     """
     with _open(path) as (container, stream):
         stream.thread_type = "AUTO"
-        number, packets, reason = 0, 0, ""
-        last = 0.0
+        number, packets, end, reason = 0, 0, 0.0, ""
         try:
             for packet in container.demux(stream):
-                packets += bool(packet.size)
                 if packet.is_corrupt:
-                    reason = "it is cut off there"
+                    reason = "it is damaged or cut off there"
+                if packet.size and packet.pts is not None:
+                    packets += 1
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 for frame in packet.decode():
-                    last = frame.time if frame.time is not None else number / 25
-                    yield VideoFrame(number, last, frame)
+                    yield VideoFrame(
+                        number, number / 25 if frame.time is None else frame.time, frame
+                    )
                     number += 1
         except av.error.FFmpegError as error:
             reason = str(error.strerror)
         # A file that was cut off ends like any other, but earlier than its head says.
-        length = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        start = float((stream.start_time or 0) * stream.time_base)
-        if packets < stream.frames and last - start < length - 1.5 * length / stream.frames:
+        if end < _end(container, stream) and not 0 < stream.frames <= packets:
             reason = reason or "it is cut off there"
         if reason:
             missing = f" of about {stream.frames}" if stream.frames else ""
             raise VideoError(f"{path} can be read up to frame {number}{missing} only: {reason}")
+
+
+def _end(container: Any, stream: Any) -> float:
+    """The earliest time, in seconds, at which a whole file can end, by what its head says."""
+    start = float((stream.start_time or 0) * stream.time_base)
+    frame = 1 / float(stream.average_rate or 25)
+    if container.format.name == "avi":  # whose other figures are of what is there
+        return start + (stream.frames - 1.5) * frame
+    if stream.duration:
+        return start + float(stream.duration * stream.time_base) - 1.5 * frame
+    # Matroska tells the length of the longest stream.
+    others = 2.0 if len(container.streams) > 1 else 0.0
+    return start + (container.duration or 0) / 1e6 - others - 1.5 * frame
 
 
 @contextlib.contextmanager

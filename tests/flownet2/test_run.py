@@ -4,7 +4,6 @@ import csv
 import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +18,7 @@ from flownet2 import read_flow
 from flownet2.formats import colours, from_kitti
 from flownet2.measures import occluded
 from launch import triton
+from tests.support.command import command, fail, flownet2, succeed
 from tests.support.gateway_stack import ROOT, picture, wait_until
 
 WIDTH, HEIGHT = 64, 48
@@ -27,41 +27,6 @@ WIDTH, HEIGHT = 64, 48
 @pytest.fixture(scope="module")
 def url(closed_form_triton: triton.Triton) -> str:
     return f"grpc://{closed_form_triton.address.grpc}"
-
-
-def command(*arguments: object, server: str = "", **options: object) -> list[str]:
-    flags = [part for name, value in options.items() for part in _flag(name, value)]
-    servers = ["--server", server] if server else []
-    return [sys.executable, "-m", "flownet2", *map(str, arguments), *flags, *servers]
-
-
-def _flag(name: str, value: object) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    return [flag] if value is True else [flag, str(value)]
-
-
-def flownet2(
-    *arguments: object, server: str = "", **options: object
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, server=server, **options),
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def succeed(*arguments: object, server: str, **options: object) -> str:
-    result = flownet2(*arguments, server=server, **options)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # nobody watches
-    return result.stdout
-
-
-def fail(*arguments: object, server: str, **options: object) -> str:
-    """The one line that it says."""
-    result = flownet2(*arguments, server=server, **options)
-    assert result.returncode == 1, result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def frames(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[np.ndarray]:
@@ -80,7 +45,7 @@ def clip(
     *,
     codec: str = "ffv1",
     pixels: str = "bgr0",
-    times: Callable[[int], Fraction] = lambda number: Fraction(number, 25),
+    times: Callable[[int], Fraction] | None = None,
     **options: str,
 ) -> list[np.ndarray]:
     """A video of random pictures, lossless unless said otherwise."""
@@ -88,10 +53,11 @@ def clip(
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = *size, pixels
-        stream.codec_context.time_base = Fraction(1, 1000)
+        base = Fraction(1, 1000 if times else 25)
+        stream.codec_context.time_base = base
         for number, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = int(times(number) * 1000), Fraction(1, 1000)
+            frame.pts, frame.time_base = int(times(number) / base) if times else number, base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return images
@@ -227,6 +193,7 @@ def test_a_video_that_is_cut_off_gives_what_can_be_read(
 ) -> None:
     path = tmp_path / f"film.{suffix}"
     clip(path, 60, codec="mpeg4", pixels="yuv420p", movflags="faststart")
+    succeed("run", path, "-o", tmp_path / "whole", server=url)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     said = fail("run", path, "-o", tmp_path / "out", server=url)
     assert f"film.{suffix}" in said

@@ -1,0 +1,170 @@
+"""Errors of a flow against the truth, on the benchmarks' own folders.
+
+Sintel, KITTI 2012 and 2015, Middlebury, FlyingChairs and FlyingThings3D, as they are unpacked.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flownet2.formats import Flow, Mask, known, read_flow
+from flownet2.measures import end_point_error, fl
+
+SPEEDS = {"0-10": (0, 10), "10-40": (10, 40), "40+": (40, np.inf)}
+"""Lengths of true motion, in pixels, of which errors are reported apart, as Sintel does."""
+
+PAPER = "E. Ilg et al., FlowNet 2.0, CVPR 2017, table 4"
+# Sets of training data, network -> end-point error and share of wrong pixels (Fl-all).
+PAPER_FIGURES: dict[tuple[str, str], tuple[float, float | None]] = {
+    ("sintel clean", "FlowNet2"): (2.02, None),
+    ("sintel final", "FlowNet2"): (3.14, None),
+    ("kitti 2012", "FlowNet2"): (4.09, None),
+    ("kitti 2015", "FlowNet2"): (10.06, 0.3037),
+    ("middlebury", "FlowNet2"): (0.35, None),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Two frames and the file of their flow; `masked` gives what counts and what is occluded."""
+
+    first: Path
+    second: Path
+    truth: Path
+    unoccluded: Path | None = None
+    occlusions: Path | None = None
+    invalid: Path | None = None
+
+    def read(self) -> "tuple[Flow, Mask | None]":
+        """The true flow, NaN where it does not count, and what is occluded where that is known."""
+        flow = read_flow(self.truth)
+        if self.invalid is not None and self.invalid.exists():
+            flow[_mask(self.invalid)] = np.nan
+        if self.unoccluded is not None:
+            return flow, known(flow) & ~known(read_flow(self.unoccluded))
+        if self.occlusions is not None and self.occlusions.exists():
+            return flow, _mask(self.occlusions)
+        return flow, None
+
+
+def _mask(path: Path) -> Mask:
+    with Image.open(path) as image:
+        mask: Mask = np.asarray(image.convert("L")) > 0
+    return mask
+
+
+def sintel(folder: Path) -> Iterator[tuple[str, Sample]]:
+    """MPI-Sintel: both passes of training/."""
+    training = folder / "training" if (folder / "training").is_dir() else folder
+    for kind in ("clean", "final"):
+        for truth in sorted(training.glob("flow/*/frame_*.flo")):
+            scene, number = truth.parent.name, int(truth.stem[-4:])
+            frames = [training / kind / scene / f"frame_{n:04}.png" for n in (number, number + 1)]
+            masks = {
+                name: training / sub / scene / f"{truth.stem}.png"
+                for name, sub in (("occlusions", "occlusions"), ("invalid", "invalid"))
+            }
+            yield f"sintel {kind}", Sample(*frames, truth, **masks)
+
+
+def kitti(folder: Path) -> Iterator[tuple[str, Sample]]:
+    """KITTI 2012 or 2015: training/."""
+    training = folder / "training" if (folder / "training").is_dir() else folder
+    images = {"image_2": "kitti 2015", "colored_0": "kitti 2012", "image_0": "kitti 2012"}
+    for name, title in images.items():
+        if (training / name).is_dir():
+            for truth in sorted((training / "flow_occ").glob("*_10.png")):
+                first = training / name / truth.name
+                second = training / name / truth.name.replace("_10", "_11")
+                yield title, Sample(first, second, truth, training / "flow_noc" / truth.name)
+            return
+
+
+def middlebury(folder: Path) -> Iterator[tuple[str, Sample]]:
+    """Middlebury: other-data/ and other-gt-flow/."""
+    for truth in sorted(folder.glob("other-gt-flow/*/flow10.flo")):
+        frames = [folder / "other-data" / truth.parent.name / f"frame{n}.png" for n in (10, 11)]
+        yield "middlebury", Sample(*frames, truth)
+
+
+def chairs(folder: Path) -> Iterator[tuple[str, Sample]]:
+    """FlyingChairs: those of data/ that its list, if it is there, keeps for validation."""
+    truths = sorted(folder.glob("data/*_flow.flo"))
+    split = folder / "FlyingChairs_train_val.txt"
+    parts = split.read_text().split() if split.exists() else ["2"] * len(truths)
+    for truth, part in zip(truths, parts, strict=True):
+        if part == "2":
+            stem = str(truth).removesuffix("_flow.flo")
+            yield "chairs", Sample(Path(f"{stem}_img1.ppm"), Path(f"{stem}_img2.ppm"), truth)
+
+
+def things(folder: Path) -> Iterator[tuple[str, Sample]]:
+    """FlyingThings3D: the left camera's test set, forwards in time, in both passes."""
+    for kind in ("cleanpass", "finalpass"):
+        if not (folder / f"frames_{kind}").is_dir():
+            continue
+        for truth in sorted(folder.glob("optical_flow/TEST/*/*/into_future/left/*.pfm")):
+            scene = folder / f"frames_{kind}" / "TEST" / truth.parts[-5] / truth.parts[-4] / "left"
+            number = int(truth.stem.split("_")[1])
+            frames = [next(scene.glob(f"{n:04}.*"), scene / f"{n:04}.png") for n in (number, number + 1)]
+            if frames[1].exists():
+                yield f"things {kind}", Sample(*frames, truth)
+
+
+DATASETS: dict[str, Callable[[Path], Iterator[tuple[str, Sample]]]] = {
+    "sintel": sintel,
+    "kitti": kitti,
+    "middlebury": middlebury,
+    "chairs": chairs,
+    "things": things,
+}
+
+
+@dataclass
+class Errors:
+    """Errors over many pixels: sums and counts, by what the pixels have in common.
+
+    As the benchmarks do: of all known pixels of a set, whichever pair they are of.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    wrong: int = 0
+    pairs: int = 0
+
+    def add(self, flow: Flow, truth: Flow, occluded: Mask | None = None) -> None:
+        """Count a flow in; ValueError where its size is not that of the truth."""
+        if flow.shape != truth.shape:
+            raise ValueError(
+                f"the flow is {flow.shape[1]}x{flow.shape[0]} and the truth "
+                f"{truth.shape[1]}x{truth.shape[0]}"
+            )
+        error = end_point_error(flow, truth)
+        valid = known(truth)
+        speed = np.hypot(truth[..., 0], truth[..., 1])
+        self._count("all", error[valid])
+        for name, (low, high) in SPEEDS.items():
+            self._count(name, error[valid & (speed >= low) & (speed < high)])
+        if occluded is not None:
+            self._count("occluded", error[valid & occluded])
+        self.wrong += int((fl(flow, truth) & valid).sum())
+        self.pairs += 1
+
+    def _count(self, name: str, errors: np.ndarray) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(errors.sum())
+        self.counts[name] = self.counts.get(name, 0) + errors.size
+
+    def mean(self, name: str = "all") -> float | None:
+        """Mean end-point error, in pixels, of one kind of pixel; None without any."""
+        count = self.counts.get(name, 0)
+        return self.sums[name] / count if count else None
+
+    @property
+    def fl_all(self) -> float | None:
+        """Share of wrong pixels."""
+        return self.wrong / self.counts["all"] if self.counts.get("all") else None
