@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import enum
+import os
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import numpy as np
 import rich.console
@@ -17,10 +18,13 @@ import typer
 
 from flownet2 import service
 from flownet2.client import AsyncClient, Client, FlowError
-from flownet2.formats import FORMATS, FormatError, named_format, read_flow, write_flow
+from flownet2.formats import FORMATS, FormatError, known, named_format, read_flow, write_flow
 from flownet2.manifest import ManifestError
 from flownet2.service import NoServer
 from flownet2.sources import Selection, SourceError, find
+
+if TYPE_CHECKING:
+    from flownet2.evaluate import Errors
 
 app = typer.Typer(
     help="Optical flow with FlowNet 2.0, by a server: `flownet2 serve` starts one.",
@@ -291,6 +295,155 @@ def convert(
     Example: flownet2 convert flow.flo flow.png --format kitti
     """
     write_flow(target, read_flow(source), format)
+
+
+class Kind(enum.StrEnum):
+    """How a flow is shown."""
+
+    colours = "colours"
+    arrows = "arrows"
+    warp = "warp"
+
+
+@app.command()
+def view(
+    flow: Annotated[Path, typer.Argument(metavar="FLOW", help="A flow: .flo .npy .npz .pfm .png")],
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            "--as",
+            help="Colours with their wheel, arrows, or the second frame as the first saw it.",
+        ),
+    ] = Kind.colours,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="First frame, below arrows; second frame, with --as warp."),
+    ] = None,
+    max_flow: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Flow of the strongest colours [the longest], in pixels."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A PNG to write; else a window, where there is one."),
+    ] = None,
+) -> None:
+    """Show a flow.
+
+    Example: flownet2 view flow.flo --as arrows --image a.png
+    """
+    from PIL import Image  # noqa: PLC0415
+
+    from flownet2 import view as views  # noqa: PLC0415
+    from flownet2.images import Frame  # noqa: PLC0415
+
+    read = read_flow(flow)
+    pixels = None if image is None else Frame(image, str(image)).pixels()
+    if pixels is not None and pixels.shape[:2] != read.shape[:2]:
+        fail(f"{image} and {flow} differ in size")
+    if kind is Kind.warp:
+        if pixels is None:
+            raise typer.BadParameter("--as warp needs the second frame: --image")
+        picture = views.warped(read, pixels)
+    elif kind is Kind.arrows:
+        picture = views.arrows(read, pixels)
+    else:
+        lengths = np.hypot(read[..., 0], read[..., 1])[known(read)]
+        picture = views.coloured(read, max_flow or float(lengths.max(initial=0.1)))
+    shown = Image.fromarray(picture)
+    windows = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if output is None and windows:
+        shown.show(title=str(flow))
+        return
+    target = output or flow.with_name(f"{flow.stem}_{kind.value}.png")
+    shown.save(target)
+    print(target)
+
+
+class Dataset(enum.StrEnum):
+    """A benchmark, in its own folders."""
+
+    sintel = "sintel"
+    kitti = "kitti"
+    middlebury = "middlebury"
+    chairs = "chairs"
+    things = "things"
+
+
+@app.command()
+def evaluate(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PREDICTION TRUTH | DIR", help="Two flows, or a data set's folder."),
+    ],
+    dataset: Annotated[Dataset | None, typer.Option(help="What DIR is.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
+    server: Server = None,
+    model: ModelName = None,
+) -> None:
+    """Errors of a flow file, or of a server on a benchmark, against the true flow.
+
+    Examples:
+
+    flownet2 evaluate flow.flo gt.flo
+
+    flownet2 evaluate --dataset sintel MPI-Sintel-complete/
+    """
+    from flownet2 import evaluate as evaluation  # noqa: PLC0415
+
+    if len(paths) != (1 if dataset else 2):
+        raise typer.BadParameter("give two flows, or one folder and --dataset")
+    if dataset is None:
+        errors_of_files = evaluation.Errors()
+        errors_of_files.add(read_flow(paths[0]), read_flow(paths[1]))
+        _print_errors({str(paths[0]): errors_of_files}, None)
+        return
+    samples = list(evaluation.DATASETS[dataset](paths[0]))
+    if not samples:
+        fail(f"{paths[0]} is not laid out as {dataset.value}: no pair with true flow is in it")
+    with service.server(server, say) as url, _bar() as bar:
+        bar.begin(dataset.value, len(samples))
+
+        async def work() -> tuple[dict[str, evaluation.Errors], str | None]:
+            async with AsyncClient(url, model=model) as client:
+                network = (await client.model()).network
+                return await evaluation.evaluate(samples, client, jobs, bar.advance), network
+
+        found, network = asyncio.run(work())
+    _print_errors(found, network)
+
+
+def _print_errors(found: "dict[str, Errors]", network: str | None) -> None:
+    """A table of errors, and beside it the paper's figures of that network, if there are any."""
+    from flownet2.evaluate import PAPER, PAPER_FIGURES, SPEEDS  # noqa: PLC0415
+
+    paper = {
+        name: PAPER_FIGURES[name, network] for name in found if (name, network) in PAPER_FIGURES
+    }
+    table = rich.table.Table("", "pairs", "EPE", "Fl-all", *SPEEDS, "occluded")
+    if paper:
+        table.add_column("paper EPE")
+        table.add_column("paper Fl-all")
+    for name, errors_of in found.items():
+        kinds = [errors_of.mean(kind) for kind in (*SPEEDS, "occluded")]
+        row = [name, str(errors_of.pairs), _pixels(errors_of.mean()), _percent(errors_of.fl_all)]
+        row += [_pixels(one) for one in kinds]
+        if paper:
+            epe, fl_all = paper.get(name, (None, None))
+            row += [_pixels(epe), _percent(fl_all)]
+        table.add_row(*row)
+    console = rich.console.Console()
+    console.print(table)
+    if paper:
+        console.print(f"Paper: {network} in {PAPER}.")
+
+
+def _pixels(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
 
 
 @app.command()

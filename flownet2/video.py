@@ -81,12 +81,12 @@ def _end(container: Any, stream: Any) -> float:
     start = float((stream.start_time or 0) * stream.time_base)
     frame = 1 / float(stream.average_rate or 25)
     if container.format.name == "avi":  # whose other figures are of what is there
-        return start + (stream.frames - 1.5) * frame
+        return start + (int(stream.frames) - 1.5) * frame
     if stream.duration:
         return start + float(stream.duration * stream.time_base) - 1.5 * frame
     # Matroska tells the length of the longest stream.
     others = 2.0 if len(container.streams) > 1 else 0.0
-    return start + (container.duration or 0) / 1e6 - others - 1.5 * frame
+    return start + float(container.duration or 0) / 1e6 - others - 1.5 * frame
 
 
 @contextlib.contextmanager
