@@ -14,18 +14,20 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
+from flownet2 import contract, measures
 from flownet2.formats import Flow
 from gateway import body, images
 from gateway.admission import SLOT_BYTES, Reservation
 from gateway.context import Context, context_of
 from gateway.errors import BodyTimeout, ClientGone, DeadlineExceeded, GatewayError
-from gateway.negotiation import ENCODINGS, Format, choose_encoding, choose_format
+from gateway.negotiation import ENCODINGS, Estimate, Format, choose_encoding, choose_format
 from gateway.response import PiecewiseResponse
 from gateway.schemas import FLOW_REQUEST, FLOW_RESPONSE, SCALE_HEADERS, error_responses
 from gateway.settings import Settings
 from gateway.state import SharedState, State
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+Direction = Literal["forward", "backward", "both"]
 
 router = APIRouter()
 
@@ -64,6 +66,14 @@ async def estimate_flow(
         str | SkipJsonSchema[None],
         Query(description="a name from `/models`; left out: the default model", max_length=128),
     ] = None,
+    direction: Annotated[
+        Direction,
+        Query(
+            description="`forward`: from the first image to the second. `backward`: the reverse. "
+            "`both`: the two, and the pixels of the first image that the second does not show; "
+            "as JSON or .npz."
+        ),
+    ] = "forward",
     timeout: Annotated[
         float | SkipJsonSchema[None],
         Header(
@@ -74,7 +84,7 @@ async def estimate_flow(
         ),
     ] = None,
 ) -> Response:
-    """The optical flow from the first image to the second.
+    """The optical flow from the first image to the second, or the reverse, or both.
 
     Both images are resized to 512x512, then converted to RGB; EXIF orientation is ignored.
     The flow is already multiplied by the back factors: a client resizes the matrix to the
@@ -82,7 +92,8 @@ async def estimate_flow(
     """
     settings, context = state.settings, context_of(request)
     model = model or settings.default_model
-    format = choose_format(", ".join(request.headers.getlist("accept")))
+    accept = ", ".join(request.headers.getlist("accept"))
+    format = choose_format(accept, both_directions=direction == "both")
     encoding = choose_encoding(", ".join(request.headers.getlist("accept-encoding")))
     seconds = min(timeout or settings.default_timeout_s, settings.max_timeout_s)
     deadline = asyncio.get_running_loop().time() + seconds
@@ -98,6 +109,7 @@ async def estimate_flow(
         request.headers.get("content-type", ""),
         model,
         size == "native",
+        direction,
         format,
         encoding if format.compressible else None,
         deadline,
@@ -184,21 +196,26 @@ async def _estimate(
     state.metrics.image_pixels.observe(width * height)
     queued = time.perf_counter()
     with Reservation(state.limits.slots) as slots:
-        await slots.wait(max(1, -(-images.working_bytes(pair, job.native) // SLOT_BYTES)))
+        weight = max(1, -(-images.working_bytes(pair, job.native) // SLOT_BYTES))
+        await slots.wait(weight * (2 if job.direction == "both" else 1))
         context.stages["queue"] = time.perf_counter() - queued
-        image1, image2 = await run(job.prepare, pair)
+        batches = await run(job.prepare, pair)
         body_bytes.release()
         with context.stage("infer"):
-            flow = await state.cluster.infer(
-                job.model,
-                image1,
-                image2,
-                deadline=job.deadline,
-                request_id=context.request_id,
-                headers=context.trace_headers,
-            )
+            flows = [
+                flow
+                for image1, image2 in batches
+                for flow in await state.cluster.infer(
+                    job.model,
+                    image1,
+                    image2,
+                    deadline=job.deadline,
+                    request_id=context.request_id,
+                    headers=context.trace_headers,
+                )
+            ]
         with context.stage("encode"):
-            encoded = await run(job.encode, flow, (width, height))
+            encoded = await run(job.encode, flows, (width, height))
         await response_bytes.wait(len(encoded.content))
         return encoded
 
@@ -211,6 +228,7 @@ class Job:
     content_type: str
     model: str
     native: bool
+    direction: Direction
     format: Format
     encoding: str | None
     deadline: float
@@ -227,8 +245,12 @@ class Job:
                 images.check_native(image, field, settings.max_native_pixels)
         return pair
 
-    def prepare(self, pair: dict[str, Image.Image]) -> list[images.Pixels]:
-        """Make the images what the model takes, one after the other, each let go in between."""
+    def prepare(self, pair: dict[str, Image.Image]) -> list[tuple[images.Pixels, images.Pixels]]:
+        """Make the images what the model takes, one after the other, each let go in between.
+
+        Returns:
+            First and second images of one batch or two, uint8 [N, H, W, 3].
+        """
         prepared = []
         for field in list(pair):
             with self.context.stage("decode"):
@@ -236,15 +258,25 @@ class Job:
             with self.context.stage("resize"):
                 prepared.append(images.to_rgb(image, field, self.native))
             del image
-        return prepared
+        first, second = (image[None] for image in prepared)
+        if self.direction == "forward":
+            return [(first, second)]
+        if self.direction == "backward":
+            return [(second, first)]
+        if max(first.shape) > contract.BATCH_EDGE:
+            return [(first, second), (second, first)]
+        return [(np.concatenate([first, second]), np.concatenate([second, first]))]
 
-    def encode(self, flow: Flow, size: tuple[int, int]) -> EncodedFlow:
-        """Scale the flow back to the images' own pixels, and encode it."""
-        scale_x, scale_y = 1.0, 1.0
+    def encode(self, flows: list[Flow], size: tuple[int, int]) -> EncodedFlow:
+        """Scale the flows back to the images' own pixels, and encode them."""
+        occluded = measures.occluded(*flows) if self.direction == "both" else None
+        scale = (1.0, 1.0)
         if not self.native:
-            scale_x, scale_y = (own / grid for own, grid in zip(size, images.GRID, strict=True))
-            flow = flow * np.array([scale_x, scale_y], np.float32)
-        content = self.format.encode(flow, scale_x, scale_y)
+            scale = (size[0] / images.GRID[0], size[1] / images.GRID[1])
+            flows = [flow * np.array(scale, np.float32) for flow in flows]
+        flow, *backward = flows
+        estimate = Estimate(flow, scale, backward[0] if backward else None, occluded)
+        content = self.format.encode(estimate)
         if self.encoding:
             content = ENCODINGS[self.encoding](content)
-        return EncodedFlow(content, (scale_x, scale_y))
+        return EncodedFlow(content, scale)

@@ -40,7 +40,7 @@ OUTPUTS = {contract.FLOW_OUTPUT: (contract.FLOW_TYPE, [-1, -1, -1, 2])}
 POLL_SECONDS = 0.5
 CANARY_SECONDS = 3.0
 """After so long without a flow from an idle endpoint it is asked for one."""
-CANARY = np.zeros((contract.SIZE_MULTIPLE, contract.SIZE_MULTIPLE, 3), np.uint8)
+CANARY = np.zeros((1, contract.SIZE_MULTIPLE, contract.SIZE_MULTIPLE, 3), np.uint8)
 RESOLVE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
 """A Triton that computes on all cores may answer late; one that is gone refuses at once."""
@@ -136,13 +136,13 @@ def _shown(tensor: tuple[str, list[int]] | None) -> str:
     return f"{tensor[0]} {tensor[1]}" if tensor else "absent"
 
 
-def check_flow(flow: Any, height: int, width: int) -> Flow:
-    """Make sure that what a model gave is a flow of this size.
+def check_flow(flow: Any, count: int, height: int, width: int) -> Flow:
+    """Make sure that what a model gave are so many flows of this size, [count, height, width, 2].
 
     Raises:
         ModelFailed: another shape or type, values that are not finite, or longer than any motion.
     """
-    expected = (1, height, width, 2)
+    expected = (count, height, width, 2)
     if flow is None or flow.shape != expected or flow.dtype != np.float32:
         actual = "nothing" if flow is None else f"{flow.dtype} {flow.shape}"
         raise ModelFailed(f"The model answered {actual} instead of float32 {expected}.")
@@ -150,7 +150,7 @@ def check_flow(flow: Any, height: int, width: int) -> Flow:
     limit = LONGEST_FLOW * max(height, width, contract.SIZE_MULTIPLE)
     if not (flow.max() < limit and flow.min() > -limit):
         raise ModelFailed("The model answered values that are not finite, or far beyond the image.")
-    checked: Flow = flow[0]
+    checked: Flow = flow
     return checked
 
 
@@ -177,10 +177,9 @@ class Endpoint:
         while True:
             before = bool(self.models), self.error
             try:
-                async with asyncio.timeout(PATIENCE_SECONDS):
-                    await self._refresh()
-            except (InferenceServerException, TimeoutError) as error:
-                self.lose(str(error) or f"no answer within {PATIENCE_SECONDS} s")
+                await self._refresh()
+            except InferenceServerException as error:
+                self.lose(str(error))
             except Exception as error:  # no Triton, or a bug: ask again
                 self.lose(repr(error))
             if (bool(self.models), self.error) != before:
@@ -190,11 +189,12 @@ class Endpoint:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _refresh(self) -> None:
-        index = await self.client.get_model_repository_index()
+        index = await self.client.get_model_repository_index(client_timeout=PATIENCE_SECONDS)
         ready = {(one.name, one.version) for one in index.models if one.state == "READY"}
         known = {(model.name, model.version): model for model in self.models.values()}
         if not known:  # a new connection: what is there now may be another server
-            self.version = (await self.client.get_server_metadata()).version
+            server = await self.client.get_server_metadata(client_timeout=PATIENCE_SECONDS)
+            self.version = server.version
         models, errors = {}, []
         for name, version in sorted(ready):
             try:
@@ -222,9 +222,10 @@ class Endpoint:
             )
 
     async def _describe(self, name: str, version: str) -> Model:
-        check_contract(await self.client.get_model_metadata(name, version))
-        config = (await self.client.get_model_config(name, version)).config
-        facts = {key: value.string_value for key, value in config.parameters.items()}
+        patience = {"client_timeout": PATIENCE_SECONDS}
+        check_contract(await self.client.get_model_metadata(name, version, **patience))
+        found = await self.client.get_model_config(name, version, **patience)
+        facts = {key: value.string_value for key, value in found.config.parameters.items()}
         count = facts.get("parameters", "")
         return Model(
             name,
@@ -250,18 +251,18 @@ class Endpoint:
         request_id: str,
         headers: dict[str, str],
     ) -> Flow:
-        """One inference here.
+        """One batch here.
 
         Raises:
             EndpointLost: another endpoint may answer.
             DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: no other endpoint would do
                 better.
         """
-        height, width, _ = image1.shape
+        count, height, width, _ = image1.shape
         inputs = []
         for name, image in zip(contract.IMAGE_INPUTS, (image1, image2), strict=True):
-            tensor = triton.InferInput(name, [1, height, width, 3], contract.IMAGE_TYPE)
-            tensor.set_data_from_numpy(image[None])
+            tensor = triton.InferInput(name, list(image.shape), contract.IMAGE_TYPE)
+            tensor.set_data_from_numpy(image)
             inputs.append(tensor)
         self._in_flight += 1
         try:
@@ -277,7 +278,7 @@ class Endpoint:
             raise classify(error) from error
         finally:
             self._in_flight -= 1
-        flow = check_flow(result.as_numpy(contract.FLOW_OUTPUT), height, width)
+        flow = check_flow(result.as_numpy(contract.FLOW_OUTPUT), count, height, width)
         self.unproven.discard(model)
         if model == self.default_model:
             self._answered = time.monotonic()
@@ -388,7 +389,7 @@ class Cluster:
         request_id: str,
         headers: dict[str, str],
     ) -> Flow:
-        """The flow from image1 to image2, both uint8 [height, width, 3].
+        """The flows from image1 to image2, both uint8 [N, height, width, 3].
 
         An endpoint that is lost meanwhile costs one more attempt, at another one.
 

@@ -1,52 +1,96 @@
 """What format a client gets: `Accept`, `Accept-Encoding`, and the formats on offer (RFC 9110)."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
+import pybase64
 import zstandard
 from isal import isal_zlib
+from PIL import Image
 
-from flownet2.formats import Flow, to_flo, to_kitti, to_npy, to_picture
+from flownet2.formats import Flow, Mask, to_flo, to_kitti, to_npy, to_npz, to_picture
 from gateway.errors import NotAcceptable
 
 JSON = "application/json"
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a response tells: one flow, or for both directions two and what they say of occlusion.
+
+    The flows are in pixels of the original images, on the grid that was asked for; `scale` holds
+    the back factors of x and y.
+    """
+
+    flow: Flow
+    scale: tuple[float, float]
+    flow_backward: Flow | None = None
+    occluded: Mask | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Names and values, those of both directions only where there are both."""
+        scale_x, scale_y = self.scale
+        both = {"flow_backward": self.flow_backward, "occluded": self.occluded}
+        return {
+            "flow": self.flow,
+            "scale_x_back_factor": scale_x,
+            "scale_y_back_factor": scale_y,
+            **{name: value for name, value in both.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
 class Format:
-    """One format of a flow in a response."""
+    """One format of an estimate in a response."""
 
     media_type: str
     description: str
-    encode: Callable[[Flow, float, float], bytes]
+    encode: Callable[[Estimate], bytes]
+    both_directions: bool = False
     compressible: bool = False
 
 
-def to_json(flow: Flow, scale_x: float, scale_y: float) -> bytes:
+def to_json(estimate: Estimate) -> bytes:
     """The contract's JSON, each number as short as float32 allows."""
-    return orjson.dumps(
-        {"flow": flow, "scale_x_back_factor": scale_x, "scale_y_back_factor": scale_y},
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+    fields = estimate.fields()
+    if estimate.occluded is not None:
+        file = io.BytesIO()
+        Image.fromarray(estimate.occluded).save(file, "PNG")  # 1 bit a pixel
+        fields["occluded"] = pybase64.b64encode_as_string(file.getbuffer())
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 # In order of preference, where a client likes several equally.
 FORMATS = {
     format.media_type: format
     for format in (
-        Format(JSON, "JSON, as the service that this one replaces", to_json, compressible=True),
+        Format(
+            JSON,
+            "JSON, as the service that this one replaces",
+            to_json,
+            both_directions=True,
+            compressible=True,
+        ),
         Format(
             "application/x-npy",
             "NumPy .npy, float32 [height, width, 2]",
-            lambda flow, _x, _y: to_npy(flow),
+            lambda estimate: to_npy(estimate.flow),
         ),
-        Format("application/x-flo", "Middlebury .flo", lambda flow, _x, _y: to_flo(flow)),
-        Format("image/x-kitti-flow", "KITTI 16-bit PNG", lambda flow, _x, _y: to_kitti(flow)),
+        Format(
+            "application/x-npz",
+            "NumPy .npz of all that the JSON holds, by the same names, `occluded` as bool",
+            lambda estimate: to_npz(**estimate.fields()),
+            both_directions=True,
+        ),
+        Format("application/x-flo", "Middlebury .flo", lambda estimate: to_flo(estimate.flow)),
+        Format("image/x-kitti-flow", "KITTI 16-bit PNG", lambda estimate: to_kitti(estimate.flow)),
         Format(
             "image/png",
             "picture in Middlebury's colours",
-            lambda flow, _x, _y: to_picture(flow),
+            lambda estimate: to_picture(estimate.flow),
         ),
     )
 }
@@ -73,11 +117,11 @@ def _weights(header: str) -> dict[str, float]:
     return weights
 
 
-def choose_format(accept: str) -> Format:
+def choose_format(accept: str, both_directions: bool) -> Format:
     """The format on offer that an `Accept` header likes best; JSON for an empty one.
 
     Raises:
-        NotAcceptable: it likes none.
+        NotAcceptable: it likes none that can hold both directions, if it is to.
     """
     if not accept.strip():
         return FORMATS[JSON]
@@ -88,9 +132,11 @@ def choose_format(accept: str) -> Format:
         ranges = (media_type, f"{group}/*", "*/*")
         return next((weights[name] for name in ranges if name in weights), 0.0)
 
-    best = max(FORMATS, key=weight)
+    offered = [name for name, one in FORMATS.items() if one.both_directions or not both_directions]
+    best = max(offered, key=weight)
     if not weight(best) > 0:
-        raise NotAcceptable(f"Accept one of {', '.join(FORMATS)}.", field="Accept")
+        condition = "With direction=both accept" if both_directions else "Accept"
+        raise NotAcceptable(f"{condition} one of {', '.join(offered)}.", field="Accept")
     return FORMATS[best]
 
 

@@ -75,6 +75,7 @@ FLOW_REQUEST = {
 
 _FACTOR = {"type": "number", "exclusiveMinimum": 0}
 _VECTOR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+_FLOW = {"type": "array", "items": {"type": "array", "items": _VECTOR}}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 FLOW_RESPONSE = {
@@ -89,13 +90,17 @@ FLOW_RESPONSE = {
                 "type": "object",
                 "required": ["flow", "scale_x_back_factor", "scale_y_back_factor"],
                 "properties": {
-                    "flow": {
-                        "type": "array",
-                        "items": {"type": "array", "items": _VECTOR},
-                        "description": "[height][width][u to the right, v down]",
-                    },
+                    "flow": _FLOW | {"description": "[height][width][u to the right, v down]"},
                     "scale_x_back_factor": _FACTOR | {"description": "width / 512"},
                     "scale_y_back_factor": _FACTOR | {"description": "height / 512"},
+                    "flow_backward": _FLOW
+                    | {"description": "with `direction=both`: from the second image to the first"},
+                    "occluded": {
+                        "type": "string",
+                        "format": "byte",
+                        "description": "with `direction=both`: a PNG of 1 bit a pixel, in base64, "
+                        "white where the second image does not show what the first one does",
+                    },
                 },
             },
             "example": {

@@ -32,7 +32,7 @@ from tests.support.gateway_stack import (
     write_model,
 )
 
-IMAGE = np.zeros((16, 16, 3), np.uint8)
+IMAGE = np.zeros((1, 16, 16, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_timeout_of_the_request_bounds_tritons_queue(closed_form_triton: triton.
 @pytest.mark.parametrize("flow", [None, np.zeros((1, 4, 5, 2)), np.zeros((1, 4, 5, 3), np.float32)])
 def test_no_flow_is_a_failure(flow: np.ndarray | None) -> None:
     with pytest.raises(ModelFailed):
-        check_flow(flow, 4, 5)
+        check_flow(flow, 1, 4, 5)
 
 
 def test_names_that_do_not_resolve_are_no_crash() -> None:

@@ -28,7 +28,7 @@ from gateway.negotiation import ENCODINGS, choose_encoding, choose_format
     ],
 )
 def test_format(accept: str, chosen: str) -> None:
-    assert choose_format(accept).media_type == chosen
+    assert choose_format(accept, both_directions=False).media_type == chosen
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,25 @@ def test_format(accept: str, chosen: str) -> None:
 )
 def test_no_format(accept: str) -> None:
     with pytest.raises(NotAcceptable, match="application/json"):
-        choose_format(accept)
+        choose_format(accept, both_directions=False)
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("", "application/json"),
+        ("application/x-npz", "application/x-npz"),
+        ("application/x-npy, */*;q=0.1", "application/json"),
+        ("application/x-npy", None),
+        ("image/*", None),
+    ],
+)
+def test_format_of_both_directions(accept: str, chosen: str | None) -> None:
+    if chosen:
+        assert choose_format(accept, both_directions=True).media_type == chosen
+    else:
+        with pytest.raises(NotAcceptable, match="application/json, application/x-npz"):
+            choose_format(accept, both_directions=True)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The running gateway in front of a real Triton: answers, errors, limits, probes, and its end."""
 
+import base64
 import contextlib
 import gzip
 import http.client
 import http.server
 import io
 import json
+import re
 import resource
 import signal
 import socket
@@ -21,6 +23,7 @@ import pytest
 import zstandard
 from PIL import Image
 
+from flownet2 import measures
 from launch import triton
 from tests.support.gateway_stack import (
     Gateway,
@@ -127,6 +130,61 @@ class TestAnswers:
         for accept in ("image/png", "image/x-kitti-flow"):
             with Image.open(io.BytesIO(post(accept).content)) as image:
                 assert (image.format, image.size) == ("PNG", (width, height))
+
+    @pytest.mark.parametrize(("side", "batches"), [(200, 1), (600, 2)])
+    def test_both_directions(
+        self, gateway: Gateway, closed_form_triton: triton.Triton, side: int, batches: int
+    ) -> None:
+        """One batch of two where a GPU takes it, else two; all as each direction alone gives it."""
+
+        def counted(name: str) -> float:
+            text = httpx.get(closed_form_triton.address.metrics).text
+            return float(re.search(rf'^{name}{{model="flownet2",.*}} (\S+)$', text, re.M)[1])
+
+        def post(direction: str, accept: str) -> httpx.Response:
+            answer = gateway.client.post(
+                PATH,
+                files={f"image{i}": encoded(picture(i, side, 40)) for i in (1, 2)},
+                params={"direction": direction, "size": "native"},
+                headers={"Accept": accept},
+            )
+            return answer.raise_for_status()
+
+        npy = "application/x-npy"
+        there, back = (
+            np.load(io.BytesIO(post(direction, npy).content))
+            for direction in ("forward", "backward")
+        )
+        np.testing.assert_array_equal(back, -there)  # the model's closed form
+        before = counted("nv_inference_count"), counted("nv_inference_exec_count")
+        arrays = np.load(io.BytesIO(post("both", "application/x-npz").content))
+        assert counted("nv_inference_count") == before[0] + 2
+        assert counted("nv_inference_exec_count") == before[1] + batches
+        np.testing.assert_array_equal(arrays["flow"], there)
+        np.testing.assert_array_equal(arrays["flow_backward"], back)
+        np.testing.assert_array_equal(arrays["occluded"], measures.occluded(there, back))
+        assert arrays["scale_x_back_factor"] == arrays["scale_y_back_factor"] == 1
+        document = post("both", "application/json").json()
+        np.testing.assert_array_equal(np.float32(document["flow_backward"]), back)
+        with Image.open(io.BytesIO(base64.b64decode(document["occluded"]))) as mask:
+            assert (mask.format, mask.mode) == ("PNG", "1")
+            np.testing.assert_array_equal(np.asarray(mask), arrays["occluded"])
+
+    def test_occlusion_is_that_of_the_grid(self, gateway: Gateway) -> None:
+        """In pixels of the 512 grid on which it is, and not in those of the images."""
+        arrays = np.load(
+            io.BytesIO(
+                gateway.client.post(
+                    PATH,
+                    json=BODY,
+                    params={"direction": "both"},
+                    headers={"Accept": "application/x-npz"},
+                ).content
+            )
+        )
+        scale = np.float32([200 / 512, 120 / 512])
+        there, back = (arrays[name] / scale for name in ("flow", "flow_backward"))
+        assert (arrays["occluded"] == measures.occluded(there, back)).mean() > 0.999  # rounding
 
     def test_models(self, gateway: Gateway) -> None:
         models = {model["name"]: model for model in gateway.client.get("/models").json()["models"]}
