@@ -1,7 +1,7 @@
 """Make what the page opens with, while the service runs: `python -m training.page samples/photo_0`.
 
 Writes gateway/web/sample/: the pair as JPEG, and the service's answer to it, its flow rounded to
-1/32 pixel so that it packs; then samples/page.jpg, the README's picture of the page.
+1/16 pixel so that it packs; then samples/page.jpg, the README's picture of the page.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-STEPS = 32
+STEPS = 16
 """Of the rounded flow in a pixel."""
 
 

@@ -22,6 +22,7 @@ let video = null; // the opened Video
 let live = null; // the Video or Camera that plays
 
 const viewer = new Viewer({ flow: $("flow"), images: $("images"), legend: $("legend") }, (pixel) => {
+  $("readout").classList.toggle("pointing", pixel !== null);
   $("readout").textContent = pixel ? sentence(pixel) : $("readout").dataset.empty;
 });
 
@@ -93,6 +94,7 @@ function display(result, rate) {
   const { asked, answer, image1, image2, model } = result;
   viewer.show({ ...answer, image1, image2 });
   const { width, height } = viewer.size;
+  $("credit").hidden = !untouched;
   $("dimensions").textContent = `${width} × ${height}`;
   $("longest").textContent = `longest ${viewer.longest.toFixed(1)} px`;
   showScale();
