@@ -5,12 +5,15 @@
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
-from export import tensorrt
+from export.engine.build import build_engine
+from export.engine.gpu import EngineError
 from export.half import to_half
 from export.repository import write_model
+from flownet2.contract import MODEL_NAME
 
 # PyTorch is imported where it is used: where engines are built there is none.
 
@@ -18,10 +21,25 @@ from export.repository import write_model
 def main(arguments: list[str]) -> int:
     """Run the command that the arguments ask for; returns the exit status."""
     if arguments[:1] == ["tensorrt"]:
-        parser = argparse.ArgumentParser(prog="python -m export tensorrt")
-        tensorrt.add_arguments(parser)
-        return tensorrt.run(parser.parse_args(arguments[1:]))
+        return _tensorrt(arguments[1:])
     return _export(_parser().parse_args(arguments))
+
+
+def _tensorrt(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m export tensorrt",
+        description="Build the TensorRT engine of an exported model on the GPU at hand.",
+    )
+    parser.add_argument("--repository", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--name", default=MODEL_NAME, help="the model (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        build_engine(options.repository, options.name)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repository", required=True, type=Path, metavar="DIR")
     parser.add_argument(
-        "--name", default="flownet2", help="the model's name (default: %(default)s)"
+        "--name", default=MODEL_NAME, help="the model's name (default: %(default)s)"
     )
     parser.add_argument(
         "--precision",

@@ -20,7 +20,9 @@ KEPT_LINES = 400
 TELLING = re.compile(
     r'Z E \d+ |^{.*"level":"(error|critical)"|^\w*(Error|Exception): |^terminate called '
 )
-USUAL = re.compile(r"CudaDriverHelper|Internal - failed to load all models")
+USUAL = re.compile(
+    r"CudaDriverHelper|Failed to initialize NVML|Internal - failed to load all models"
+)
 # The C++ runtime's last words. Where a stub of the Python backend speaks them, Triton waits on.
 CRASH = re.compile(r"^terminate called ")
 

@@ -1,9 +1,9 @@
 """`python -m launch.container [--gateway] REPOSITORY MODELS…`: what the image of Triton runs.
 
-It puts the served repository together, builds TensorRT engines where there is a GPU, chooses the
-models' configuration, and then keeps tritonserver running, and the gateway (on PORT) if told to.
-Until that is ready nothing listens, so the probes of Triton and the gateway's `/readyz` fail while
-an engine is built.
+It puts the served repository together and keeps tritonserver running with the fastest configuration
+that works: TensorRT, whose engines it builds first, then ONNX Runtime, then the CPU; and the
+gateway (on PORT) if told to. Until Triton is ready nothing listens, so its probes and the gateway's
+`/readyz` fail while an engine is built.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
-from export import tensorrt
+from export.engine.build import PLUGIN
+from export.engine.gpu import EngineError, find_gpu
 from launch import gateway
 from launch.check import Canary
 from launch.child import Child
@@ -28,8 +29,6 @@ from launch.triton import Address, check_repository, options, run
 
 # Files of `<model>/configs/`; for the CPU there is none, and Triton takes `config.pbtxt`.
 CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"
-
-ONNX_OP_LIBRARY = "libflownet2_onnxruntime.so"  # named in `onnx.pbtxt`; the loader finds it
 
 
 def main(arguments: list[str]) -> int:
@@ -44,71 +43,41 @@ def main(arguments: list[str]) -> int:
     repository = Path(arguments[0])
     try:
         address = Address.from_environment()
-        port = port_from_environment("PORT", 5003)
+        port = port_from_environment("PORT", 5003) if with_gateway else None
         models = assemble(repository, [Path(folder) for folder in arguments[1:]])
         check_repository(repository)
-        configuration = choose_configuration(repository, models)
-        _say(f"serving {', '.join(models)} with the {configuration} configuration")
-        command = ["tritonserver", *options(repository, address, configuration)]
-        if configuration == TENSORRT:
-            command.append(f"--backend-config=tensorrt,plugins={tensorrt.PLUGIN}")
+        candidates = configurations(repository, models)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        canary = Canary(address.host, address.http_port)
-        start = functools.partial(run, command, os.environ, address, _print)
-        start_gateway = functools.partial(_start_gateway, address, port)
-        answers = functools.partial(gateway.fault, address.host, port)
-        with Supervisor(start, canary.fault, _say) as server, contextlib.ExitStack() as stack:
-            servers = [server]
-            while not stop.wait(0.2):
-                if all(one.ready() for one in servers) and with_gateway and len(servers) == 1:
-                    service = Supervisor(start_gateway, answers, _say)
-                    servers.append(stack.enter_context(service))
+        for configuration in candidates:
+            _say(f"serving {', '.join(models)} with the {configuration} configuration")
+            if serve(repository, address, configuration, port, stop):
+                return 0
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _start_gateway(
-    address: Address, port: int, stop: threading.Event
-) -> contextlib.AbstractContextManager[Child]:
-    return gateway.serve(address, port, echo=_print, stop=stop)
-
-
-def choose_configuration(repository: Path, models: list[str]) -> str:
-    """The fastest configuration that this machine can serve, after building what it needs.
-
-    Raises:
-        LaunchError: there is a GPU, and the ONNX Runtime op does not load.
-    """
+def configurations(repository: Path, models: list[str]) -> list[str]:
+    """The configurations that may work on this machine, the fastest first; the CPU's always is."""
     try:
-        _say(f"GPU: {tensorrt.find_gpu().name}")
-    except tensorrt.NoGpu as error:
-        _say(str(error))
-        return CPU
-    trouble = why_not_loading(ONNX_OP_LIBRARY)
-    if trouble:
-        raise LaunchError(f"{ONNX_OP_LIBRARY} does not load, build the image anew: {trouble}")
-    trouble = why_not_loading(tensorrt.PLUGIN)
-    if trouble:  # Triton would log it, and then fail on the engine
-        _say(f"warning: TensorRT is not used: {tensorrt.PLUGIN} does not load: {trouble}")
-        return ONNX
+        gpu = find_gpu()
+    except EngineError as error:
+        _say(f"serving on the CPU: {error}")
+        return [CPU]
+    _say(f"GPU: {gpu.name}")
+    try:
+        ctypes.CDLL(PLUGIN)
+    except OSError as error:  # Triton would log it, and then fail on the engine
+        _say(f"warning: TensorRT is not used: {PLUGIN} does not load: {error}")
+        return [ONNX, CPU]
     for name in models:
         if not build_engine(repository, name):
             _say(f"warning: TensorRT is not used: no engine for {name}, the reason stands above")
-            return ONNX
-    return TENSORRT
-
-
-def why_not_loading(library: str) -> str | None:
-    """None for a shared library that loads with all that it needs, else the loader's message."""
-    try:
-        ctypes.CDLL(library)
-    except OSError as error:
-        return str(error)
-    return None
+            return [ONNX, CPU]
+    return [TENSORRT, ONNX, CPU]
 
 
 def build_engine(repository: Path, name: str) -> bool:
@@ -121,6 +90,50 @@ def build_engine(repository: Path, name: str) -> bool:
     command = [sys.executable, "-m", "export", "tensorrt"]
     command += ["--repository", str(repository), "--name", name]
     return subprocess.run(command, check=False).returncode == 0  # noqa: S603
+
+
+def serve(
+    repository: Path, address: Address, configuration: str, port: int | None, stop: threading.Event
+) -> bool:
+    """Keep tritonserver running until `stop`; False if it does not start and another may.
+
+    Args:
+        port: of the gateway, if there is to be one; it starts when Triton is ready.
+
+    Raises:
+        LaunchError: Triton does not start on the CPU, or one of the two is given up.
+    """
+    command = ["tritonserver", *options(repository, address, configuration)]
+    environment = dict(os.environ)
+    if configuration == TENSORRT:
+        command.append(f"--backend-config=tensorrt,plugins={PLUGIN}")
+    if configuration == CPU:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Triton, too, shall leave an unfit GPU alone
+    canary = Canary(address.host, address.http_port)
+    start = functools.partial(run, command, environment, address, _print)
+    ready = False
+    try:
+        with Supervisor(start, canary.fault, _say) as server, contextlib.ExitStack() as stack:
+            servers = [server]
+            while not stop.wait(0.2):
+                if all([one.ready() for one in servers]) and not ready:
+                    ready = True
+                    _say(f"ready with the {configuration} configuration")
+                    if port is not None:
+                        servers.append(stack.enter_context(_gateway(address, port)))
+    except LaunchError as error:
+        if ready or configuration == CPU:
+            raise
+        _say(f"warning: the {configuration} configuration is not used: {error}")
+        return False
+    return True
+
+
+def _gateway(address: Address, port: int) -> Supervisor:
+    def start(stop: threading.Event) -> contextlib.AbstractContextManager[Child]:
+        return gateway.serve(address, port, echo=_print, stop=stop)
+
+    return Supervisor(start, functools.partial(gateway.fault, address.host, port), _say)
 
 
 def _say(text: str) -> None:

@@ -1,21 +1,22 @@
 """What the image of Triton runs at its start, with a real tritonserver."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from export import tensorrt
+from export.engine.gpu import Gpu
+from export.repository import TEMPLATE
 from launch import container, triton
 from launch.check import answers_ok
-from launch.errors import LaunchError
 from launch.ports import free_ports
+from launch.repository import assemble
 from tests.support.gateway_stack import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def make_model(source: Path, name: str, content: str = "graph") -> Path:
     """A model's folder as the exporter writes it, as far as the start looks at it."""
     model = source / name
-    for file in ("config.pbtxt", "configs/cpu.pbtxt", "1/model.onnx", "1/model.py"):
+    for file in ("config.pbtxt", "configs/gpu.pbtxt", "1/model.onnx", "1/model.py"):
         (model / file).parent.mkdir(parents=True, exist_ok=True)
         (model / file).write_text(content)
     return model
@@ -43,10 +44,10 @@ def test_the_repository_holds_the_models_of_all_sources(tmp_path: Path) -> None:
     make_model(shipped, "flownet2", "shipped")
     make_model(exported, "flownet2_css", "exported")
     repository = tmp_path / "engines" / "models"
-    assert container.assemble(repository, [shipped, exported]) == ["flownet2", "flownet2_css"]
+    assert assemble(repository, [shipped, exported]) == ["flownet2", "flownet2_css"]
     found = contents(repository)
     assert found["flownet2/1/model.onnx"] == "shipped"
-    assert found["flownet2_css/configs/cpu.pbtxt"] == "exported"
+    assert found["flownet2_css/configs/gpu.pbtxt"] == "exported"
     assert len(found) == 8
 
 
@@ -54,17 +55,17 @@ def test_an_exported_model_takes_the_place_of_the_shipped_one(tmp_path: Path) ->
     shipped, exported = tmp_path / "shipped", tmp_path / "exported"
     make_model(shipped, "flownet2", "shipped")
     repository = tmp_path / "repository"
-    container.assemble(repository, [shipped, exported])  # the volume is empty at first
+    assemble(repository, [shipped, exported])  # the volume is empty at first
     (repository / "flownet2" / "1" / "model.plan").write_text("engine")
     make_model(exported, "flownet2", "exported")
-    container.assemble(repository, [shipped, exported])
+    assemble(repository, [shipped, exported])
     found = contents(repository)
     assert found["flownet2/1/model.onnx"] == "exported"
     assert found["flownet2/1/model.plan"] == "engine", "its builder says whether it still fits"
 
     for file in exported.rglob("*.*"):
         file.unlink()
-    container.assemble(repository, [shipped, exported])
+    assemble(repository, [shipped, exported])
     assert contents(repository)["flownet2/1/model.onnx"] == "shipped"
 
 
@@ -72,75 +73,65 @@ def test_models_that_are_gone_are_not_served(tmp_path: Path) -> None:
     shipped, repository = tmp_path / "shipped", tmp_path / "repository"
     make_model(shipped, "flownet2")
     make_model(repository, "old")
-    assert container.assemble(repository, [shipped]) == ["flownet2"]
+    assert assemble(repository, [shipped]) == ["flownet2"]
     assert [one.name for one in repository.iterdir()] == ["flownet2"]
     (repository / "stray").write_text("no folder")
     (repository / "link").symlink_to(shipped)
-    assert container.assemble(repository, [shipped]) == ["flownet2"]
+    assert assemble(repository, [shipped]) == ["flownet2"]
     assert [one.name for one in repository.iterdir()] == ["flownet2"]
     assert (shipped / "flownet2" / "1" / "model.onnx").is_file()
     # The builder's own links, beside the engine, stay.
     version = repository / "flownet2" / "1"
     (version / "A100.plan").write_text("engine")
     (version / "model.plan").symlink_to("A100.plan")
-    container.assemble(repository, [shipped])
+    assemble(repository, [shipped])
     assert (version / "model.plan").read_text() == "engine"
 
 
-def test_a_library_that_does_not_load_is_told_with_the_reason() -> None:
-    assert container.why_not_loading("libm.so.6") is None
-    reason = container.why_not_loading("libflownet2_missing.so")
-    assert reason is not None
-    assert "libflownet2_missing.so" in reason
+def test_the_served_configurations_have_the_description(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "source", "flownet2", "backend\n")
+    (model / "1" / "description.pbtxt").write_text("parameters\n")
+    assemble(tmp_path / "repository", [tmp_path / "source"])
+    found = contents(tmp_path / "repository")
+    assert found["flownet2/config.pbtxt"] == found["flownet2/configs/gpu.pbtxt"]
+    assert found["flownet2/config.pbtxt"] == "backend\nparameters\n"
+    assert found["flownet2/1/model.py"] == "backend\n"
+    assert (model / "config.pbtxt").read_text() == "backend\n"
 
 
-GPU = tensorrt.Gpu("a GPU", 2**30)
-
-
-def no_gpu() -> tensorrt.Gpu:
-    raise tensorrt.NoGpu("no CUDA driver")
+GPU = Gpu("a GPU", (8, 9))
 
 
 @pytest.mark.parametrize(
-    ("find_gpu", "broken", "built", "configuration", "said"),
+    ("plugin", "built", "expected", "said"),
     [
-        (no_gpu, (), {}, "cpu", "no GPU: no CUDA driver"),
-        (lambda: GPU, (), {"a": True, "b": True}, "tensorrt", "GPU: a GPU"),
-        (lambda: GPU, (), {"a": True, "b": False}, "onnx", "no engine for b"),
-        (lambda: GPU, (tensorrt.PLUGIN,), {}, "onnx", f"{tensorrt.PLUGIN} does not load"),
+        ("libm.so.6", {"a": True, "b": True}, ["tensorrt", "onnx", "cpu"], "GPU: a GPU"),
+        ("libm.so.6", {"a": True, "b": False}, ["onnx", "cpu"], "no engine for b"),
+        ("libmissing.so", {}, ["onnx", "cpu"], "libmissing.so does not load"),
     ],
-    ids=["no GPU", "engines", "no engine", "no plugin"],
+    ids=["engines", "no engine", "no plugin"],
 )
-def test_the_fastest_configuration_that_works_is_chosen(
-    find_gpu: Callable[[], tensorrt.Gpu],
-    broken: tuple[str, ...],
+def test_a_gpu_gets_the_fastest_configuration_that_may_work(
+    plugin: str,
     built: dict[str, bool],
-    configuration: str,
+    expected: list[str],
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(tensorrt, "find_gpu", find_gpu)
-    monkeypatch.setattr(
-        container, "why_not_loading", lambda library: "broken" if library in broken else None
-    )
+    monkeypatch.setattr(container, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(container, "PLUGIN", plugin)
     monkeypatch.setattr(container, "build_engine", lambda repository, name: built[name])
-    assert container.choose_configuration(tmp_path, ["a", "b"]) == configuration
+    assert container.configurations(tmp_path, ["a", "b"]) == expected
     assert said in capsys.readouterr().out
-
-
-def test_without_the_op_a_gpu_cannot_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: GPU)
-    with pytest.raises(LaunchError, match=r"libflownet2_onnxruntime\.so does not load"):
-        container.choose_configuration(tmp_path, ["flownet2"])
 
 
 def test_an_engine_that_cannot_be_built_is_told_and_not_fatal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert not container.build_engine(tmp_path, "flownet2")
-    assert "there is no ONNX file" in capfd.readouterr().err
+    assert "model_fp16.onnx is missing" in capfd.readouterr().err
 
 
 # With tritonserver -----------------------------------------------------------------------------
@@ -149,12 +140,18 @@ def test_an_engine_that_cannot_be_built_is_told_and_not_fatal(
 class Start:
     """`python -m launch.container` as in the image, its tritonserver that of the wheel."""
 
-    def __init__(self, folder: Path, *sources: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *sources: Path,
+        program: tuple[str, str] = ("-m", "launch.container"),
+        **environment: str,
+    ) -> None:
         self.http, grpc, metrics = free_ports(3)
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch.container", folder / "engines" / "models", *sources],
+                [sys.executable, *program, folder / "engines" / "models", *sources],
                 cwd=ROOT,
                 env={
                     **os.environ,
@@ -188,11 +185,25 @@ def write_tritonserver(folder: Path) -> str:
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
-def test_it_serves_and_stops(tmp_path: Path, closed_form_repository: Path) -> None:
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "flownet2").symlink_to(closed_form_repository / "flownet2")
+# As if there were a GPU and an engine: the wheel's tritonserver has neither backend for a GPU, and
+# ends at both configurations.
+CANDIDATES = """
+import sys
+from launch import container
+container.configurations = lambda *_: ["tensorrt", "onnx", "cpu"]
+sys.exit(container.main(sys.argv[1:]))
+"""
+
+
+def test_it_serves_with_the_next_configuration_where_one_fails_and_stops(
+    tmp_path: Path, closed_form_repository: Path
+) -> None:
+    shutil.copytree(closed_form_repository / "flownet2", tmp_path / "source" / "flownet2")
+    shutil.copytree(TEMPLATE / "configs", tmp_path / "source" / "flownet2" / "configs")
     path = write_tritonserver(tmp_path)
-    start = Start(tmp_path, tmp_path / "source", tmp_path / "models", PATH=path)
+    start = Start(
+        tmp_path, tmp_path / "source", tmp_path / "models", program=("-c", CANDIDATES), PATH=path
+    )
     try:
         deadline = time.monotonic() + 120
         while not start.get("/v2/health/ready"):
@@ -204,7 +215,10 @@ def test_it_serves_and_stops(tmp_path: Path, closed_form_repository: Path) -> No
         assert server.name() == "tritonserver"
         assert {"--model-config-name=cpu", "--model-control-mode=none"} <= set(server.cmdline())
         log = start.log.read_text()
+        assert "warning: the tensorrt configuration is not used: Triton ended" in log
+        assert "warning: the onnx configuration is not used: Triton ended" in log
         assert "start: serving flownet2 with the cpu configuration" in log
+        wait_until(lambda: "start: ready with the cpu configuration" in start.log.read_text())
         server.kill()
         wait_until(lambda: "starting it again" in start.log.read_text())
         wait_until(lambda: start.get("/v2/health/ready"))
@@ -236,7 +250,7 @@ def test_a_stop_ends_the_build_of_an_engine(tmp_path: Path) -> None:
         "import subprocess, sys\n"
         "from launch import container\n"
         "hang = [sys.executable, '-c', 'import time; print(0, flush=True); time.sleep(600)']\n"
-        "container.choose_configuration = lambda *_: subprocess.run(hang)\n"
+        "container.configurations = lambda *_: subprocess.run(hang)\n"
         f"container.main(['{tmp_path}/repository', '{tmp_path}/source'])"
     )
     with subprocess.Popen(
