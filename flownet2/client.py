@@ -201,6 +201,8 @@ class _Triton:
                 ("grpc.initial_reconnect_backoff_ms", 200),
                 ("grpc.max_reconnect_backoff_ms", 1_000),
                 ("grpc.use_local_subchannel_pool", 1),
+                # A name may stand for several Tritons, as that of a headless service does.
+                ("grpc.lb_policy_name", "round_robin"),
                 ("grpc.enable_http_proxy", 0),
             ],
         )

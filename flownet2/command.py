@@ -466,7 +466,7 @@ def models(server: Server = None) -> None:
 @app.command()
 def serve() -> None:
     """Run Triton and the gateway of this checkout until Ctrl-C, as `make serve` does."""
-    if not (service.CHECKOUT / "launch" / "__main__.py").exists():
+    if not service.is_checkout():
         fail("no server is installed here: run `make serve` in a checkout of the project")
     sys.argv = ["launch"]
     runpy.run_module("launch", run_name="__main__", alter_sys=True)

@@ -39,7 +39,7 @@ def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
         yield url or DEFAULT_SERVER
     elif url:
         raise NoServer(f"{reason}: start a server there, or name another one with --server")
-    elif not (CHECKOUT / "launch" / "__main__.py").exists():
+    elif not is_checkout():
         raise NoServer(
             f"{reason}: start a server (`make serve` in a checkout of the project), or name one "
             "with --server or FLOWNET2_URL"
@@ -47,6 +47,11 @@ def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
     else:
         with _started(say) as started:
             yield started
+
+
+def is_checkout() -> bool:
+    """Whether the project's own folders are there, from which a server can be started."""
+    return (CHECKOUT / "pyproject.toml").exists()
 
 
 def _reason(url: str) -> str | None:

@@ -64,7 +64,6 @@ def test_directions(client: Client, frames: tuple[np.ndarray, np.ndarray]) -> No
     )
 
 
-@pytest.mark.parametrize("client", ["grpc"], indirect=True)
 def test_both_directions_and_what_is_occluded(
     client: Client, frames: tuple[np.ndarray, np.ndarray]
 ) -> None:
