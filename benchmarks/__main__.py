@@ -13,7 +13,9 @@ from pathlib import Path
 from benchmarks import accuracy, engines, web
 from benchmarks.perf_analyzer import CONCURRENCIES, ROUNDS, PerfAnalyzer, Unavailable
 from benchmarks.report import bypass_proxies, machine
+from export.repository import HALF_MODEL
 from export.shipped import write_shipped
+from flownet2.contract import MODEL_NAME
 from launch import triton
 from launch.errors import LaunchError
 
@@ -46,9 +48,11 @@ def sections() -> Iterator[str]:
     yield f"## The biggest network\n\n{engines.compare()}"
     with tempfile.TemporaryDirectory() as folder:
         network = write_shipped(Path(folder))
+        half = Path(folder) / MODEL_NAME / "1" / HALF_MODEL
         with triton.serve(Path(folder)) as server:
             address = server.address
-            yield f"## Accuracy of the shipped {network}\n\n{accuracy.compare(address, network)}"
+            errors = accuracy.compare(address, network, half)
+            yield f"## Accuracy of the shipped {network}\n\n{errors}"
             yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
             yield f"## The web layer under load\n\n{web.compare(address, LOAD_SECONDS)}"
 

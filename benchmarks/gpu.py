@@ -1,10 +1,11 @@
-"""FlowNet2 on a GPU: eager PyTorch as the ports run it, our correlation kernel, half precision.
+"""FlowNet2 on a GPU: eager PyTorch as the ports run it, and what is served.
 
-    python -m benchmarks.gpu [--network FlowNet2] [--op-library libflownet2_onnxruntime.so]
+    python -m benchmarks.gpu [--network FlowNet2] [--op-library FILE] [--triton]
 
-Needs a GPU, nvcc, PyTorch with CUDA and NumPy; ONNX Runtime with CUDA and the package
-`spatial-correlation-sampler` join in where they are installed. Weights are random, as the speed
-does not depend on them. Exits with 2 where something is missing to run at all.
+Needs a GPU, nvcc and PyTorch with CUDA. Other projects' correlation kernels, ONNX Runtime with CUDA
+and TensorRT join in where they are installed; the loader must find the TensorRT plugin. With
+--triton, the Triton that HOST and TRITON_GRPC_PORT name is measured too, from 1, 8 and 32 clients.
+Weights are random, as the speed does not depend on them. Exits with 2 where something is missing.
 """
 
 import argparse
@@ -16,57 +17,69 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from benchmarks.correlation import Kernel, Missing, other_kernels
+from benchmarks.perf_analyzer import ROUNDS as REQUESTS
+from benchmarks.perf_analyzer import PerfAnalyzer, Unavailable
+from benchmarks.report import table
+from export.engine.build import build_engine, import_tensorrt
+from export.engine.gpu import EngineError
+from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
+from export.repository import HALF_MODEL, write_model
+from flownet2.contract import FLOW_OUTPUT, GRID, IMAGE_INPUTS, MODEL_NAME
+from launch.triton import Address
 from plugins.correlation_cases import Case
 
-SIZE = 512
 WARM_UP, ROUNDS = 5, 30
+CLIENTS = (1, 8, 32)
 
 Estimate = Callable[[], object]
 
 
 def main() -> int:
-    """Print one table; 2 where there is no GPU, PyTorch for it, or nvcc."""
+    """Print the tables; 2 where there is no GPU, PyTorch for it, or nvcc."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--network", default="FlowNet2", choices=sorted(NETWORKS))
     parser.add_argument("--op-library", type=Path, help="the op of plugins/ for ONNX Runtime")
+    parser.add_argument("--triton", action="store_true", help="measure a running Triton, too")
     options = parser.parse_args()
     try:
-        if not torch.cuda.is_available():
-            raise Missing("no GPU that PyTorch can use")
-        print_table(options.network, options.op_library)
-    except Missing as missing:
+        with tempfile.TemporaryDirectory() as folder:
+            kernel = Kernel(Path(folder))
+            gpu = torch.cuda.get_device_name()
+            print(f"{gpu}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}\n")
+            print(network_table(options.network, kernel, Path(folder), options.op_library))
+        if options.triton:
+            print(PerfAnalyzer().measure(Address.from_environment(), CLIENTS, REQUESTS))
+    except (Missing, Unavailable) as missing:
         print(f"benchmarks.gpu: {missing}", file=sys.stderr)
         return 2
     return 0
 
 
-def print_table(name: str, op_library: Path | None) -> None:
+def network_table(name: str, kernel: Kernel, folder: Path, op_library: Path | None) -> str:
     """Median milliseconds, their share of the first row's, and GPU memory beside the weights."""
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}\n")
-    print(f"| {name}, {SIZE}x{SIZE}, one pair | p50 ms | of eager | MB |")
-    print("| --- | ---: | ---: | ---: |")
-    first = None
-    with tempfile.TemporaryDirectory() as folder:
-        for way, estimate in ways(name, Path(folder), op_library):
-            milliseconds, megabytes = measure(estimate)
-            first = first or milliseconds
-            print(f"| {way} | {milliseconds:.1f} | {milliseconds / first:.2f} | {megabytes:.0f} |")
+    rows, first = [], None
+    for way, estimate in ways(name, kernel, folder, op_library):
+        milliseconds, megabytes = measure(estimate)
+        first = first or milliseconds
+        rows.append((way, f"{milliseconds:.1f}", f"{milliseconds / first:.2f}", f"{megabytes:.0f}"))
+    return table((f"{name}, {GRID[1]}x{GRID[0]}, one pair", "p50 ms", "of eager", "MB"), rows)
 
 
-def ways(name: str, folder: Path, op_library: Path | None) -> Iterator[tuple[str, Estimate]]:
+def ways(
+    name: str, kernel: Kernel, folder: Path, op_library: Path | None
+) -> Iterator[tuple[str, Estimate]]:
     """Every way to run the network that this machine has, one after the other."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    model = FlowNet2(NETWORKS[name]).eval().cuda()
-    image1 = torch.randint(0, 256, (1, SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
+    model = FlowNet2(NETWORKS[name]).eval()
+    write_model(folder, MODEL_NAME, export_onnx(model), {})
+    model.cuda()
+    image1 = torch.randint(0, 256, (1, *GRID, 3), dtype=torch.uint8, device="cuda")
     image2 = image1.roll(3, 2)
 
     def eager() -> Tensor:
@@ -78,18 +91,19 @@ def ways(name: str, folder: Path, op_library: Path | None) -> Iterator[tuple[str
     for other, correlation in other_kernels().items():
         with patch("export.networks.blocks.correlation", correlation):
             yield f"eager fp32, {other}", eager
-    with patch("export.networks.blocks.correlation", correlation_with(Kernel(folder))):
+    with patch("export.networks.blocks.correlation", correlation_with(kernel)):
         model.half()
         yield "eager fp16, our kernel", eager
+    model.cpu()
     if op_library:
-        model.float().cpu()
-        for half in (False, True):
-            run = onnx_runtime(model, half, folder, op_library)
-            images = {"image1": image1.cpu().numpy(), "image2": image2.cpu().numpy()}
-            yield f"ONNX Runtime {'fp16' if half else 'fp32'}, our kernel", lambda: run(images)  # noqa: B023
+        yield "ONNX Runtime fp16", onnx_runtime(folder, image1, image2, op_library)
+    try:
+        yield "TensorRT fp16", tensorrt(folder, image1, image2)
+    except EngineError as error:
+        print(f"no TensorRT: {error}", file=sys.stderr)
 
 
-def correlation_with(kernel: Kernel) -> Callable[[Tensor, Tensor], Tensor]:
+def correlation_with(kernel: Callable[[Case, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """FlowNetC's correlation by the compiled kernel."""
 
     def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -99,33 +113,46 @@ def correlation_with(kernel: Kernel) -> Callable[[Tensor, Tensor], Tensor]:
     return correlation
 
 
-def onnx_runtime(
-    model: FlowNet2, half: bool, folder: Path, op_library: Path
-) -> Callable[[dict[str, npt.NDArray[np.uint8]]], object]:
+def onnx_runtime(folder: Path, image1: Tensor, image2: Tensor, op_library: Path) -> Estimate:
     """The exported network on ONNX Runtime's CUDA provider.
 
     Raises:
         Missing: ONNX Runtime, or its CUDA provider, is not installed.
     """
     try:
-        import onnx  # noqa: PLC0415 - optional, as is the next
-        import onnxruntime  # noqa: PLC0415
-
-        from export.graph import export_onnx  # noqa: PLC0415
-        from export.half import to_half  # noqa: PLC0415
+        import onnxruntime  # noqa: PLC0415 - optional
     except ImportError as error:
-        raise Missing(f"--op-library needs the `gpu` extra: {error}") from error
+        raise Missing(f"--op-library needs onnxruntime-gpu: {error}") from error
     provider = "CUDAExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise Missing("this ONNX Runtime has no CUDA: install onnxruntime-gpu")
-    proto = export_onnx(model)
-    onnx.save(to_half(proto) if half else proto, folder / "model.onnx")
-    session_options = onnxruntime.SessionOptions()
-    session_options.register_custom_ops_library(str(op_library))
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(op_library))
     session = onnxruntime.InferenceSession(
-        folder / "model.onnx", session_options, providers=[provider]
+        folder / MODEL_NAME / "1" / HALF_MODEL, options, providers=[provider]
     )
-    return lambda images: session.run(None, images)
+    images = dict(zip(IMAGE_INPUTS, (image1.cpu().numpy(), image2.cpu().numpy()), strict=True))
+    return lambda: session.run(None, images)
+
+
+def tensorrt(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
+    """The plan that Triton would load, without Triton.
+
+    Raises:
+        EngineError: it cannot be built here.
+    """
+    plan = build_engine(folder, MODEL_NAME)
+    trt = import_tensorrt()
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    context = runtime.deserialize_cuda_engine(plan.read_bytes()).create_execution_context()
+    stream = torch.cuda.current_stream().cuda_stream
+    context.set_optimization_profile_async(0, stream)
+    flow = torch.empty((1, *GRID, 2), device="cuda")
+    for name, image in zip(IMAGE_INPUTS, (image1, image2), strict=True):
+        context.set_input_shape(name, tuple(image.shape))
+        context.set_tensor_address(name, image.data_ptr())
+    context.set_tensor_address(FLOW_OUTPUT, flow.data_ptr())
+    return lambda: (runtime, flow, context.execute_async_v3(stream))  # it keeps all three
 
 
 def measure(estimate: Estimate) -> tuple[float, float]:
