@@ -16,18 +16,19 @@ same scenes on every device up to rounding.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.textures import TILE_SIZE, Textures
+
 # Object slots of a scene, back to front: texture side in pixels. Each is there with PRESENCE.
-OBJECT_SIZES = (224, 224, 80, 224, 80, 80, 80)
-PRESENCE = 0.75
-BACKGROUND_SIZE = 448
+OBJECT_SIZES = (320, 224, 112, 224, 80, 112, 80, 56, 56)
+PRESENCE = 0.7
+# Shares of the batches that have an effect, and of the layers that are out of focus.
+MOTION_BLUR, FOG, DEFOCUS = 0.15, 0.15, 0.15
 
 
 @dataclass(frozen=True)
@@ -42,76 +43,6 @@ class Scenes:
     frames: Tensor
     flow: Tensor
     occluded: Tensor
-
-
-@dataclass(frozen=True)
-class Textures:
-    """`photos` uint8 [P, 3, 448, 448]; `cutouts` uint8 [K, 4, 128, 128]; the last `masks` of the
-    cut-outs are shapes without a colour of their own."""
-
-    photos: Tensor
-    cutouts: Tensor
-    masks: int
-
-
-def procedural_photos(count: int, random: torch.Generator, size: int = BACKGROUND_SIZE) -> Tensor:
-    """`count` coloured textures, uint8 [count, 3, size, size]: noise in octaves, half of them cut
-    into flat patches with sharp edges."""
-    texture = torch.zeros(count, 3, size, size)
-    for octave in (4, 8, 16, 32, 64, 112, 224):
-        noise = torch.randn(count, 3, octave, octave, generator=random)
-        # Channels share most of their structure, as in photographs.
-        noise = 0.7 * noise[:, :1] + 0.5 * noise
-        weight = torch.rand(count, 1, 1, 1, generator=random) * octave**-0.35
-        upsampled = F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=False)
-        texture += weight * upsampled
-    patches = torch.arange(count) % 2 == 0
-    steps = 1.0 + 2.0 * torch.rand(int(patches.sum()), 1, 1, 1, generator=random)
-    texture[patches] = torch.round(texture[patches] * steps * 2) / (steps * 2)
-    scale = 40.0 + 50.0 * torch.rand(count, 1, 1, 1, generator=random)
-    mean = 60.0 + 135.0 * torch.rand(count, 3, 1, 1, generator=random)
-    deviation = texture.std(dim=(2, 3), keepdim=True).mean(dim=1, keepdim=True)
-    return (texture / deviation * scale + mean).clamp(0, 255).to(torch.uint8)
-
-
-def procedural_masks(count: int, random: torch.Generator, size: int = 128) -> Tensor:
-    """`count` shapes, uint8 [count, 4, size, size], colour zero: blobs, stars, rings and bars."""
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    angle, radius = torch.atan2(y, x), torch.hypot(x, y)
-    order = torch.arange(1, 9).view(1, 8, 1, 1)
-    amplitude = torch.randn(count, 8, 1, 1, generator=random) * 0.25 / order
-    phase = torch.rand(count, 8, 1, 1, generator=random) * 2 * math.pi
-    outline = 0.6 + (amplitude * torch.cos(order * angle + phase)).sum(1)
-    outline = outline.clamp(0.15, 0.95)
-    inside = outline - radius
-    ring = torch.rand(count, 1, 1, generator=random) < 0.2
-    inside = torch.where(ring, torch.minimum(inside, 0.15 - inside), inside)
-    # Polygons: the intersection of half-planes.
-    corners = torch.randint(3, 7, (count, 1, 1, 1), generator=random)
-    side = torch.arange(6).view(1, 6, 1, 1)
-    direction = side * 2 * math.pi / corners + phase[:, :1]
-    distance = 0.6 - (x * torch.cos(direction) + y * torch.sin(direction))
-    distance = torch.where(side < corners, distance, torch.full_like(distance, 9.0))
-    polygon = torch.rand(count, 1, 1, generator=random) < 0.4
-    inside = torch.where(polygon, distance.min(dim=1).values, inside)
-    alpha = (inside * size / 2 + 0.5).clamp(0, 1)
-    masks = torch.zeros(count, 4, size, size)
-    masks[:, 3] = alpha * 255
-    return masks.to(torch.uint8)
-
-
-def load_textures(path: Path | None, device: torch.device | str = "cpu") -> Textures:
-    """Textures from a file of `training.textures` joined with procedural ones, or those alone."""
-    random = torch.Generator().manual_seed(1)
-    photos = procedural_photos(32, random)
-    cutouts = procedural_masks(160, random)
-    masks = len(cutouts)
-    if path is not None:
-        with np.load(path, allow_pickle=False) as packed:
-            photos = torch.cat([photos, torch.from_numpy(packed["photos"]).permute(0, 3, 1, 2)])
-            cutouts = torch.cat([torch.from_numpy(packed["cutouts"]).permute(0, 3, 1, 2), cutouts])
-    return Textures(photos.contiguous().to(device), cutouts.contiguous().to(device), masks)
 
 
 class _Random:
@@ -187,7 +118,7 @@ def _shift(random: _Random, median: float, spread: float) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class _Layer:
-    texture: Tensor  # float32 [N, 3 or 4, S, S], 0..1
+    texture: Tensor  # float32 [N, 3, S, S] or, colours times alpha and alpha, [N, 4, S, S]; 0..1
     texture_map: Tensor  # A, [N, 3, 3]
     motion: Tensor  # M, [N, 3, 3]
     bend: Tensor | None  # w, [N, 2, H, W]
@@ -205,10 +136,30 @@ def _bend(random: _Random, height: int, width: int, size: float, device: torch.d
     return field
 
 
+def _camera(random: _Random, height: int, width: int, displacement: float) -> Tensor:
+    """Homographies R + t n^T / d of a plane seen by a camera that turns and moves (Hartley and
+    Zisserman, Multiple View Geometry, eq. 13.2): [N, 3, 3].
+
+    The focal length is the image's width. The plane is slanted by up to some 50 degrees, so that
+    its near parts move farther than its far ones; all of it lies before the camera.
+    """
+    slant = [random.normal().mul(0.5).clamp(-0.9, 0.9) for _ in range(2)]
+    normal = _matrix([[slant[0], slant[1], 1.0]], random.count)
+    travel = _matrix([[random.normal() * 0.02] for _ in range(3)], random.count)
+    x, y, z = (random.normal() * 0.008 for _ in range(3))
+    turn = _matrix([[1.0, -z, y], [z, 1.0, -x], [-y, x, 1.0]], random.count)
+    identity = torch.eye(3, dtype=torch.float64)
+    motion = identity + displacement * (turn - identity + travel @ normal)
+    motion = torch.where(random.chance(0.5).view(-1, 1, 1), motion, identity)
+    calibration = torch.tensor(
+        [[width, 0.0, width / 2], [0.0, width, height / 2], [0.0, 0.0, 1.0]], dtype=torch.float64
+    )
+    return calibration @ motion @ torch.inverse(calibration)
+
+
 def _background(
-    random: _Random, textures: Textures, height: int, width: int, displacement: float
+    random: _Random, tiles: Tensor, height: int, width: int, displacement: float
 ) -> _Layer:
-    device = textures.photos.device
     center = (random.uniform(0, width), random.uniform(0, height))
     motion = _similarity(
         center,
@@ -216,35 +167,26 @@ def _background(
         random.normal() * 0.025 * displacement * random.chance(0.7),
         torch.exp(random.normal() * 0.025 * displacement * random.chance(0.7)),
     )
-    tilt = 4e-5 * displacement * random.chance(0.4)
-    perspective = _matrix(
-        [
-            [1.0, random.normal() * 0.02 * displacement, 0.0],
-            [0.0, 1.0, 0.0],
-            [random.normal() * tilt, random.normal() * tilt, 1.0],
-        ],
-        random.count,
-    )
-    half = BACKGROUND_SIZE / 2 / random.uniform(0.55, 1.15)
+    camera = _camera(random, height, width, displacement)
+    half = TILE_SIZE / 2 / random.uniform(0.55, 1.15)
     texture_map = _texture_map(center, random.uniform(0, 2 * math.pi), half, half)
-    bend = _bend(random, height, width, 1.5 * displacement, device)
+    bend = _bend(random, height, width, 1.5 * displacement, tiles.device)
     # Two photographs mixed, now and then, double the variety.
-    first = textures.photos[random.integer(0, len(textures.photos)).to(device)].float()
-    second = textures.photos[random.integer(0, len(textures.photos)).to(device)].float()
-    mix = (random.uniform(0.2, 0.5) * random.chance(0.25)).float().to(device).view(-1, 1, 1, 1)
-    return _Layer(torch.lerp(first, second, mix) / 255, texture_map, motion @ perspective, bend)
+    mix = (random.uniform(0.2, 0.5) * random.chance(0.25)).float().to(tiles.device)
+    texture = torch.lerp(tiles, tiles.roll(1, 0), mix.view(-1, 1, 1, 1))
+    return _Layer(texture, texture_map, motion @ camera, bend)
 
 
 def _object(
     random: _Random,
     textures: Textures,
+    tiles: Tensor,
     size: int,
     height: int,
     width: int,
     displacement: float,
     background: Tensor,
 ) -> _Layer:
-    device = textures.photos.device
     count = random.count
     center = (random.uniform(0, width), random.uniform(0, height))
     own = _similarity(
@@ -256,33 +198,44 @@ def _object(
     carried = random.chance(0.7).view(-1, 1, 1)
     motion = torch.where(carried, background @ own, own)
     half = size / 2 * torch.exp(random.uniform(-0.4, 0.35))
-    thin = torch.where(random.chance(0.15), random.uniform(0.08, 0.25), random.uniform(0.6, 1.2))
+    thin = torch.where(random.chance(0.25), random.uniform(0.04, 0.2), random.uniform(0.6, 1.2))
     present = random.chance(PRESENCE)
     far = 4.0 * (height + width)
     center = (torch.where(present, center[0], torch.full_like(half, far)), center[1])
     texture_map = _texture_map(center, random.uniform(0, 2 * math.pi), half, half * thin)
 
-    which = random.integer(0, len(textures.cutouts))
-    stamps = textures.cutouts[which.to(device)].float()
-    stamps = F.interpolate(
-        stamps, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-    mask_only = which >= len(textures.cutouts) - textures.masks
-    from_photo = (mask_only | random.chance(0.4)).to(device).view(-1, 1, 1, 1)
-    photo = random.integer(0, len(textures.photos))
-    left = random.integer(0, BACKGROUND_SIZE - size)
-    top = random.integer(0, BACKGROUND_SIZE - size)
-    crops = torch.stack(
-        [
-            textures.photos[photo[n], :, top[n] : top[n] + size, left[n] : left[n] + size]
-            for n in range(count)
-        ]
-    ).float()
-    colour = torch.where(from_photo, crops, stamps[:, :3])
-    bend = None
-    if size > 100:
-        bend = _bend(random, height, width, 1.0 * displacement, device)
-    return _Layer(torch.cat([colour, stamps[:, 3:]], 1) / 255, texture_map, motion, bend)
+    outlines, colourless = textures.outlines(count, size, random.generator)
+    from_photo = colourless | random.chance(0.4).to(tiles.device)
+    # Photographs that lie behind other scenes of the batch.
+    others = tiles.roll(1 + int(random.integer(0, count)[0]), 0)
+    left, top = (int(random.integer(0, TILE_SIZE - size)[0]) for _ in range(2))
+    crops = others[:, :, top : top + size, left : left + size]
+    colour = torch.where(from_photo.view(-1, 1, 1, 1), crops, outlines[:, :3])
+    bend = _bend(random, height, width, displacement, tiles.device) if size > 100 else None
+    alpha = outlines[:, 3:]
+    return _Layer(torch.cat([colour * alpha, alpha], 1), texture_map, motion, bend)
+
+
+def _defocused(texture: Tensor, radius: int) -> Tensor:
+    """`texture` under a box filter of 2 radius + 1 pixels, twice along each axis."""
+    for kernel in ((2 * radius + 1, 1), (1, 2 * radius + 1)) * 2:
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        texture = F.avg_pool2d(texture, kernel, 1, padding, count_include_pad=False)
+    return texture
+
+
+def _fogged(layers: list[_Layer], random: _Random) -> list[_Layer]:
+    """The layers behind a grey fog that is denser the farther back they are."""
+    grey = random.uniform(0.4, 0.9).float().view(-1, 1, 1, 1)
+    density = random.uniform(0.3, 0.8).float().view(-1, 1, 1, 1)
+    fogged = []
+    for number, layer in enumerate(layers):
+        share = (density * (1 - number / len(layers))).to(layer.texture.device)
+        colour = layer.texture[:, :3]
+        veil = grey.to(colour.device) * (layer.texture[:, 3:] if number else 1.0)
+        colour = torch.lerp(colour, veil.expand_as(colour), share)
+        fogged.append(replace(layer, texture=torch.cat([colour, layer.texture[:, 3:]], 1)))
+    return fogged
 
 
 def _project(
@@ -326,7 +279,7 @@ def _composite(layers: list[_Layer], sampling: list[Tensor]) -> tuple[Tensor, li
             padding_mode="zeros",
             align_corners=False,
         )
-        image = torch.lerp(image, sample[:, :3], sample[:, 3:])
+        image = sample[:, :3] + image * (1 - sample[:, 3:])
         alphas.append(sample[:, 3])
     return image, alphas
 
@@ -339,42 +292,18 @@ def _top_layer(alphas: list[Tensor], shape: tuple[int, int, int], device: torch.
     return index
 
 
-@torch.no_grad()
-def render(
-    seed: int,
-    count: int,
-    height: int,
-    width: int,
-    textures: Textures,
-    displacement: float = 1.0,
-    blur: bool | None = None,
-) -> Scenes:
-    """Render `count` scenes of one seed, on the device of `textures`.
-
-    `displacement` scales every motion: 1 gives a median of a few pixels with a tail beyond 100,
-    0.1 the small motions that FlowNet2-SD is trained on. `blur` forces motion blur on or off; left
-    out, one batch in ten has it.
-    """
-    random = _Random(seed, count)
-    device = textures.photos.device
-    layers = [_background(random, textures, height, width, displacement)]
-    for size in OBJECT_SIZES:
-        layers.append(
-            _object(random, textures, size, height, width, displacement, layers[0].motion)
-        )
-    shutter = random.uniform(0.1, 0.5)
-    blurred = bool(random.chance(0.1)[0]) if blur is None else blur
-
+def _render_layers(layers: list[_Layer], height: int, width: int, shutter: Tensor | None) -> Scenes:
+    """Both frames of layers, back to front, and their flow; `shutter` [N] is the share of the
+    motion that passes during an exposure."""
     identity = torch.eye(3, dtype=torch.float64)
+    device, count = layers[0].texture.device, len(layers[0].texture)
     frames = torch.zeros(2, count, 3, height, width, device=device)
     tops: list[Tensor] = []
-    times = (0.0, -0.5, 0.5) if blurred else (0.0,)
+    times = (0.0,) if shutter is None else (0.0, -0.5, 0.5)
     for time in times:
         # During the exposure every layer moves on by a part of its motion.
-        drifts = [
-            identity + (layer.motion - identity) * (time * shutter).view(-1, 1, 1)
-            for layer in layers
-        ]
+        share = 0.0 if shutter is None else (time * shutter).view(-1, 1, 1)
+        drifts = [identity + (layer.motion - identity) * share for layer in layers]
         for frame in range(2):
             sampling = []
             for layer, drift in zip(layers, drifts, strict=True):
@@ -406,3 +335,39 @@ def render(
         flow=flow.contiguous(),
         occluded=~inside | (seen != tops[0]),
     )
+
+
+@torch.no_grad()
+def render(
+    seed: int,
+    count: int,
+    height: int,
+    width: int,
+    textures: Textures,
+    displacement: float = 1.0,
+    effects: bool = True,
+) -> Scenes:
+    """Render `count` scenes of one seed, on the device of `textures`.
+
+    `displacement` scales every motion: 1 gives a median of a few pixels with a tail beyond 100,
+    0.1 the small motions that FlowNet2-SD is trained on. `effects` off leaves out motion blur, fog
+    and defocus.
+    """
+    random = _Random(seed, count)
+    tiles = textures.tiles(count, random.generator)
+    layers = [_background(random, tiles, height, width, displacement)]
+    layers += [
+        _object(random, textures, tiles, size, height, width, displacement, layers[0].motion)
+        for size in OBJECT_SIZES
+    ]
+    shutter = random.uniform(0.1, 0.5)
+    blurred = effects and bool(random.chance(MOTION_BLUR)[0])
+    if effects:
+        for number in range(len(layers)):
+            radius = int(random.integer(1, 4)[0])
+            if random.chance(DEFOCUS)[0]:
+                texture = _defocused(layers[number].texture, radius)
+                layers[number] = replace(layers[number], texture=texture)
+        if random.chance(FOG)[0]:
+            layers = _fogged(layers, random)
+    return _render_layers(layers, height, width, shutter if blurred else None)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from training.cost import RADIUS
 
-# The paper's weights of sums over pixels, coarsest level first; a mean over pixels weighs four
-# times as much on each finer level, which LEVEL_WEIGHTS accounts for.
-SUM_WEIGHTS = (0.32, 0.08, 0.02, 0.01, 0.005)
-LEVEL_WEIGHTS = tuple(weight * 4**level for level, weight in enumerate(SUM_WEIGHTS))
+# Weights of the mean errors of levels 6 to 2. The paper's are of sums over pixels, and a mean
+# weighs four times as much on each finer level; the others double from level to level, as
+# PWC-Net's and NVIDIA's fine-tuning.
+LEVEL_WEIGHTS = {
+    "paper": (0.32, 4 * 0.08, 16 * 0.02, 64 * 0.01, 256 * 0.005),
+    "finest": (0.08, 0.16, 0.32, 0.64, 1.28),
+}
 STEP = 16.0  # pixels between neighbouring displacements of the correlation
 
 
@@ -21,30 +26,40 @@ def endpoint_error(prediction: Tensor, flow: Tensor) -> Tensor:
     return error.mean()
 
 
-def multiscale_loss(predictions: list[Tensor], flow: Tensor, scale: float) -> Tensor:
+def multiscale_loss(
+    predictions: list[Tensor],
+    flow: Tensor,
+    scale: float,
+    weights: Sequence[float] = LEVEL_WEIGHTS["paper"],
+    exponent: float = 1.0,
+) -> Tensor:
     """Weighted end-point error over the levels of one network.
 
     `predictions` coarsest first, in units of `scale` pixels; `flow` [N, 2, H, W] in pixels is
-    averaged down to each.
+    averaged down to each. An `exponent` below 1 weighs small errors up, as the paper's fine-tuning
+    for small motions.
     """
     total = torch.zeros((), device=flow.device)
-    for weight, prediction in zip(LEVEL_WEIGHTS, predictions, strict=True):
+    for weight, prediction in zip(weights, predictions, strict=True):
         truth = F.adaptive_avg_pool2d(flow, prediction.shape[2:]) / scale  # type: ignore[arg-type]
-        total = total + weight * endpoint_error(prediction, truth)
+        error = torch.linalg.vector_norm(prediction.float() - truth, dim=1)
+        if exponent != 1:
+            error = (error + 0.01) ** exponent  # the slope at zero stays finite
+        total = total + weight * error.mean()
     return total
 
 
-def matching_loss(cost: Tensor, flow: Tensor, occluded: Tensor, nothing: Tensor) -> Tensor:
+def matching_loss(cost: Tensor, flow: Tensor, occluded: Tensor, no_match: Tensor) -> Tensor:
     """Cross-entropy of the cost volume against the true match (InfoNCE over 441 displacements).
 
     The target of a visible cell is spread bilinearly over the four displacements around the true
-    one, that of an occluded cell is "no match", a logit `nothing` of its own; cells that move
+    one, that of an occluded cell is "no match", a logit `no_match` of its own; cells that move
     beyond the volume do not count. `cost` [N, 441, h, w] holds logits; `flow` [N, 2, 8h, 8w] in
     pixels; `occluded` [N, 8h, 8w].
     """
     count, _, height, width = cost.shape
     logits = cost.float().permute(0, 2, 3, 1).reshape(-1, cost.shape[1])
-    logits = torch.cat([logits, nothing.float().expand(len(logits), 1)], 1)
+    logits = torch.cat([logits, no_match.float().expand(len(logits), 1)], 1)
     log_probability = F.log_softmax(logits, dim=1)
     # Cell i of the third convolution is centred on pixel 8 i.
     place = flow[:, :, ::8, ::8] / STEP + RADIUS

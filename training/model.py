@@ -1,4 +1,4 @@
-"""The networks as they are trained: FlowNetC with a factored first layer, and initial weights.
+"""The networks as they are trained: a cascade, FlowNetC with a factored layer, initial weights.
 
 FlowNetC reads its 441 correlation channels through a 3x3 convolution, three tenths of all the
 arithmetic, whose weights for far displacements hardly ever see a match. In training the 441
@@ -9,18 +9,120 @@ itself learned; both are linear, so that the product is the plain convolution of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.networks import Conv, EncoderDecoder, FlowNet2, FlowNetC
+from export.networks import (
+    FLOW_SCALE,
+    NETWORKS,
+    SD_FLOW_SCALE,
+    Conv,
+    EncoderDecoder,
+    FlowNet2,
+    FlowNetC,
+)
+from export.networks.operators import upsample_aligned
 from training.cost import RADIUS, cost_volume
 
-SPEED = 20.0
 FLOW_CHANNELS = (9, 10)  # of a refining S's inputs
+
+
+def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
+    """Copy those blocks of a weights file that `model` has too, and the means; which they are, and
+    where the file comes from.
+
+    Raises:
+        WeightsError: the file is unreadable, of no network or of one of another width.
+    """
+    # Asks for more than PyTorch and NumPy.
+    from export.weights import WeightsError, load_weights, read_weights  # noqa: PLC0415
+    from export.weights.load import differences  # noqa: PLC0415
+
+    file = read_weights(path)
+    width = model.network.width
+    fitting = [n for n in NETWORKS.values() if n.width == width and not differences(n, file)]
+    if not fitting or file.mean1 is None:
+        raise WeightsError(f"{path.name} holds no blocks that {model.network.name} has")
+    stored, _ = load_weights(fitting[0], path)
+    model.mean1.copy_(stored.mean1)
+    model.mean2.copy_(stored.mean2)
+    blocks = set(model.blocks) & set(stored.blocks)
+    for block in blocks:
+        model.blocks[block].load_state_dict(stored.blocks[block].state_dict())
+    return blocks, file.source
+
+
+class Trainee(nn.Module):
+    """A network, up to the last of its `blocks` that is trained; the others stay as they are."""
+
+    def __init__(self, model: FlowNet2, blocks: Collection[str]) -> None:
+        super().__init__()
+        self.model = model
+        names = list(model.blocks)
+        self.names = names[: 1 + max(names.index(block) for block in blocks)]
+        self.blocks = [block for block in self.names if block in blocks]
+        for name, block in model.blocks.items():
+            block.requires_grad_(name in blocks)
+        first = model.blocks["net1"] if "net1" in blocks else None
+        self.matcher = TrainingC(first) if isinstance(first, FlowNetC) else None
+        self.scale = SD_FLOW_SCALE if "sd" in blocks else FLOW_SCALE
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters in training, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def modules_of(self, block: str) -> list[nn.Module]:
+        """What holds the parameters of a block in training."""
+        if self.matcher is not None and block == "net1":
+            return [self.matcher]
+        return [self.model.blocks[block]]
+
+    def cost(self, images: Tensor) -> Tensor:
+        """FlowNetC's cost volume of images [2, N, 3, H, W], BGR in 0..1."""
+        assert self.matcher is not None
+        return self.matcher.features(images - self.means())[1]
+
+    def forward(self, images: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
+        """Each trained block's predictions, coarsest first in units of `scale` pixels, and
+        FlowNetC's cost volume if it is trained; from images [2, N, 3, H, W], BGR in 0..1."""
+        images = images - self.means()
+        first, second = images
+        predictions: list[list[Tensor]] = []
+        cost = None
+        for name in self.names:
+            if name == "net1" and self.matcher is not None:
+                features, cost = self.matcher.features(images)
+                levels = self.matcher.decode(features, cost)
+            elif name == "net1" and self.model.network.cascade[0] == "C":
+                levels = self.model.blocks[name](first, second)
+            else:
+                inputs = torch.cat((first, second), 1)
+                if name not in ("net1", "sd"):
+                    flow = upsample_aligned(levels[-1].float() * FLOW_SCALE)
+                    if flow.requires_grad:
+                        # Where a pixel is matched exactly, the norm of its difference has no slope.
+                        flow.register_hook(finite)
+                    inputs = self.model.refiner_inputs(first, second, flow)
+                levels = self.model.blocks[name](
+                    inputs.contiguous(memory_format=torch.channels_last)
+                )
+            if name in self.blocks:
+                predictions.append(levels)
+        return predictions, cost
+
+    def means(self) -> Tensor:
+        """What is subtracted from the images: [2, 1, 3, 1, 1]."""
+        return torch.stack((self.model.mean1, self.model.mean2))[:, None]
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """`gradient` with zero where it is not finite."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def displacement_basis() -> Tensor:
@@ -62,10 +164,9 @@ class TrainingC(nn.Module):
         plain.requires_grad_(False)
         self.redirected = plain.in_channels - 441
         self.factor = Conv(self.redirected + len(self.basis), plain.out_channels)
-        # Logarithm of the factor between correlations and logits, and the logit of "no match";
-        # in units of SPEED, so that they move that much faster than the weights.
-        self.log_factor = nn.Parameter(torch.tensor(math.log(20.0) / SPEED))
-        self.nothing = nn.Parameter(torch.zeros(1))
+        # Logarithm of the factor between correlations and logits, and the logit of "no match".
+        self.log_factor = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.no_match = nn.Parameter(torch.zeros(1))
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Stem features of the first images of [2, N, 3, H, W], and the cost volume."""
@@ -76,7 +177,7 @@ class TrainingC(nn.Module):
 
     def logits(self, cost: Tensor) -> tuple[Tensor, Tensor]:
         """The cost volume as logits of the matching loss, and the logit of "no match"."""
-        return cost.float() * (SPEED * self.log_factor).exp(), SPEED * self.nothing
+        return cost.float() * self.log_factor.exp(), self.no_match
 
     def decode(self, features: dict[str, Tensor], cost: Tensor) -> list[Tensor]:
         """Predictions of levels 6 to 2 from what :meth:`features` gives."""
@@ -92,13 +193,34 @@ class TrainingC(nn.Module):
     def fold_temperature(self, peak: float = 3.0) -> None:
         """Scale the features so that correlations are logits / `peak`: of order one, not 1/20."""
         with torch.no_grad():
-            scale = (SPEED * self.log_factor).exp() / peak
+            scale = self.log_factor.exp() / peak
             conv3 = self.block.stem["conv3"]
             assert isinstance(conv3, Conv)
             assert conv3.bias is not None
             conv3.weight *= scale.sqrt()
             conv3.bias *= scale.sqrt()
-            self.log_factor.fill_(math.log(peak) / SPEED)
+            self.log_factor.fill_(math.log(peak))
+
+    def unfold(self) -> None:
+        """Set basis and factor from the plain conv3_1, the opposite of :meth:`fold`: its best
+        approximation of their rank."""
+        with torch.no_grad():
+            plain = self.block.tail["conv3_1"]
+            assert isinstance(plain, Conv)
+            assert plain.bias is not None
+            assert self.factor.bias is not None
+            weight = plain.weight[:, self.redirected :].permute(0, 2, 3, 1)
+            left, size, right = torch.linalg.svd(weight.flatten(0, 2), full_matrices=False)
+            rank = len(self.basis)
+            self.basis.copy_(right[:rank])
+            factor = (left[:, :rank] * size[:rank]).view(*weight.shape[:3], rank)
+            self.factor.weight[:, : self.redirected] = plain.weight[:, : self.redirected]
+            self.factor.weight[:, self.redirected :] = factor.permute(0, 3, 1, 2)
+            self.factor.bias.copy_(plain.bias)
+
+    def after_features(self) -> list[nn.Module]:
+        """What reads the features and the cost volume."""
+        return [self.block.conv_redir, self.factor, self.block.tail, self.block.decoder]
 
     def fold(self) -> None:
         """Write the plain conv3_1 of the block from basis and factor."""
@@ -143,13 +265,10 @@ def initialise(block: nn.Module, seed: int) -> None:
             nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
 
 
-def standardise(
-    model: nn.Module, forward: Callable[[], Any], keep: nn.Module | None = None
-) -> None:
-    """Scale each convolution and its bias so that its output on one batch has mean 0 and deviation
-    1 in every channel (Salimans and Kingma, 2016), in the order in which `forward()` runs them.
-
-    Layers that predict or upsample flow, and those inside `keep`, stay as they are.
+def initialise_from_data(parts: Iterable[nn.Module], forward: Callable[[], Any]) -> None:
+    """Scale each convolution of `parts` and its bias so that its output on one batch has mean 0
+    and deviation 1 in every channel (Salimans and Kingma, 2016), in the order in which `forward()`
+    runs them. Layers that predict or upsample flow stay as they are.
     """
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -166,14 +285,13 @@ def standardise(
         layer.weight.div_(deviation.view(shape))
         layer.bias.copy_(-mean / deviation)
 
-    kept = set() if keep is None else set(keep.modules())
     hooks = [
         layer.register_forward_pre_hook(rescale)
-        for name, layer in model.named_modules()
+        for part in parts
+        for name, layer in part.named_modules()
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
         and "predict" not in name
         and "upflow" not in name
-        and layer not in kept
     ]
     with torch.no_grad():
         forward()

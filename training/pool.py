@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.generator import Textures, render
+from training.generator import render
+from training.textures import Textures
 
 RENDER_BATCH = 8
+SMALL = 0.1  # factor between motions and small ones, those of FlowNet2-SD's training
 MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
 
 
@@ -65,7 +67,8 @@ class ScenePool:
     """A ring of rendered scenes. Each is cropped, flipped and recoloured afresh whenever drawn.
 
     The scenes are the seeds `seed`, `seed + 1`, …, rendered in that order, RENDER_BATCH at a time,
-    so that a pool is restored by the number of batches rendered.
+    so that a pool is restored by the number of batches rendered. The share `small` of the batches
+    has small motions.
     """
 
     def __init__(
@@ -74,15 +77,17 @@ class ScenePool:
         capacity: int,
         crop: tuple[int, int],
         displacement: float,
+        small: float,
         seed: int,
         rendered: int = 0,
     ) -> None:
-        self.textures, self.crop, self.displacement, self.seed = textures, crop, displacement, seed
+        self.textures, self.crop, self.seed = textures, crop, seed
+        self.displacement, self.small = displacement, small
         self.size = (crop[0] + MARGIN, crop[1] + MARGIN)
         self.slots = capacity // RENDER_BATCH
         height, width = self.size
         scenes = self.slots * RENDER_BATCH
-        device = textures.photos.device
+        device = textures.device
         self.frames = torch.zeros(2, scenes, 3, height, width, dtype=torch.uint8, device=device)
         self.flow = torch.zeros(scenes, 2, height, width, device=device)
         self.occluded = torch.zeros(scenes, height, width, dtype=torch.bool, device=device)
@@ -93,8 +98,12 @@ class ScenePool:
 
     def render_next(self) -> None:
         """Replace the oldest scenes by new ones."""
+        displacement = self.displacement
+        # The share of batches with small motions, spread evenly.
+        if int((self.rendered + 1) * self.small) > int(self.rendered * self.small):
+            displacement *= SMALL
         scenes = render(
-            self.seed + self.rendered, RENDER_BATCH, *self.size, self.textures, self.displacement
+            self.seed + self.rendered, RENDER_BATCH, *self.size, self.textures, displacement
         )
         start = self.rendered % self.slots * RENDER_BATCH
         place = slice(start, start + RENDER_BATCH)

@@ -1,7 +1,10 @@
-"""Write the sample pairs that the repository shows: procedural textures only, so that no one
-else's picture is in them, and seeds that training never uses.
+"""Write image pairs of the generator with their flow, of seeds that training never draws.
 
-    python -m training.samples --out samples
+    python -m training.samples --out samples --name layers --count 3
+    python -m training.samples --out runs/validation --name seen --count 24 --size 384 512 \\
+        --textures runs/textures/training --augment
+
+The first are procedural alone, so that no one else's picture is in them.
 """
 
 from __future__ import annotations
@@ -12,28 +15,45 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from flownet2.formats import to_flo
-from training.generator import load_textures, render
+from flownet2.formats import write_flow
+from training.generator import render
+from training.pool import photometric
+from training.textures import Textures
 
-SAMPLE_SEED = 1 << 41
-HEIGHT, WIDTH = 256, 320
+SAMPLE_SEED = 1 << 41  # far from the seeds of training scenes
+RENDER_BATCH = 4
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.samples", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("samples"))
+    parser.add_argument("--name", default="layers", help="of the folders, before their number")
     parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 320), help="height and width")
+    parser.add_argument("--textures", type=Path, help="folder of training.collect's output")
+    parser.add_argument(
+        "--augment", action="store_true", help="with training's effects, noise and colour changes"
+    )
     arguments = parser.parse_args()
-    scenes = render(SAMPLE_SEED, arguments.count, HEIGHT, WIDTH, load_textures(None), blur=False)
+    textures = Textures(arguments.textures)
     for number in range(arguments.count):
-        folder = arguments.out / f"layers_{number}"
+        batch, place = divmod(number, RENDER_BATCH)
+        if place == 0:
+            seed = SAMPLE_SEED + arguments.seed + batch
+            height, width = arguments.size
+            scenes = render(seed, RENDER_BATCH, height, width, textures, effects=arguments.augment)
+            frames = scenes.frames
+            if arguments.augment:
+                images = photometric(frames, torch.Generator().manual_seed(seed))
+                frames = (images.flip(2) * 255).round().to(torch.uint8)
+        folder = arguments.out / f"{arguments.name}_{number:02}"
         folder.mkdir(parents=True, exist_ok=True)
-        for frame in range(2):
-            pixels = scenes.frames[frame, number].permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(folder / f"frame{frame}.png", optimize=True)
-        flow = scenes.flow[number].permute(1, 2, 0).to(torch.float32).numpy()
-        (folder / "gt.flo").write_bytes(to_flo(flow))
+        for index, frame in enumerate(frames[:, place]):
+            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"frame{index}.png")
+        write_flow(folder / "gt.flo", scenes.flow[place].permute(1, 2, 0).numpy())
+        Image.fromarray(scenes.occluded[place].numpy()).save(folder / "occluded.png")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch
 
 from export.networks import NETWORKS, FlowNet2
 from export.weights import save_weights
-from training.model import TrainingC
-from training.train import Trainee, load_checkpoint
+from training.checkpoint import load_checkpoint
+from training.model import Trainee
 
 LICENSE = "GPL-3.0-or-later"
 
@@ -21,15 +21,14 @@ LICENSE = "GPL-3.0-or-later"
 def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     """The network of a run's last checkpoint, and one sentence on where it comes from."""
     state = load_checkpoint(folder / "checkpoint")
-    network = NETWORKS[state["network"]]
-    model = FlowNet2(network)
-    trainee = Trainee(model, state["blocks"][state["part"]])
-    model.load_state_dict(state["model"])
+    model = FlowNet2(NETWORKS[state["network"]])
+    trainee = Trainee(model, state["blocks"])
+    trainee.load_state_dict(state["trainee"])
     with torch.no_grad():
-        for name, parameter in trainee.named_parameters():
+        for name, parameter in trainee.trained().items():
             parameter.copy_(state["ema"][name])
-    if isinstance(trainee.module, TrainingC):
-        trainee.module.fold()
+    if trainee.matcher is not None:
+        trainee.matcher.fold()
     duration = f"{state['step']} steps in {state['elapsed'] / 60:.0f} minutes"
     return model, state["source"] + duration
 

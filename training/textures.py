@@ -1,164 +1,158 @@
-"""Pack freely licensed photographs and cut-outs into one texture file for the generator.
+"""What the generator covers its layers with: photographs and cut-outs, and procedural ones.
 
-    python -m training.textures --out runs/textures.npz
-
-downloads the Debian packages in :data:`PACKAGES` with ``apt-get download`` (no installation, no
-root), unpacks them into a temporary folder, cuts textured tiles out of the photographs and scales
-the cut-outs. The file holds two uint8 arrays, ``photos`` [P, 448, 448, 3] (RGB) and ``cutouts``
-[K, 128, 128, 4] (RGBA), and ``sources``, one line for each package. It stays below 64 MB and is
-not part of the repository; the generator also runs without it, on procedural textures alone.
+Every draw cuts a new piece out of a whole photograph, as `training.collect` has stored it.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-UInt8Array = npt.NDArray[np.uint8]
-
-PHOTO_SIZE = 448
-CUTOUT_SIZE = 128
-# Package and the licences that its Debian copyright file names.
-PACKAGES = {
-    "tuxpaint-stamps-default": "GPL-2",
-    "mate-backgrounds": "GPL-2+, CC-BY-SA-4.0",
-    "lomiri-wallpapers-16.04": "CC-BY-4.0, CC-BY-SA-3.0, CC-BY-SA-4.0, CC0-1.0",
-    "lomiri-wallpapers-20.04": "CC-BY-4.0, CC-BY-SA-3.0, CC-BY-SA-4.0, CC0-1.0",
-    "ukui-wallpapers": "CC-BY-SA-3.0",
-    "gnome-backgrounds": "CC-BY-SA-3.0",
-    "plasma-workspace-wallpapers": "GPL-2+",
-}
-CUTOUT_PACKAGE = "tuxpaint-stamps-default"
+TILE_SIZE = 448
+LEAST_CROP = 320  # pixels of a photograph that a tile shows at least, along each side
+PROCEDURAL_TILES = 0.2  # their share
+PROCEDURAL_CUTOUTS = 0.35
 
 
-class TextureDownloadError(RuntimeError):
-    """A Debian package could not be downloaded or unpacked."""
+class _Files:
+    """The pictures of a folder. A package of four times as many is drawn from twice as often."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.iterdir())
+        packages = [path.name.rpartition("_")[0] for path in self.paths]
+        counts = Counter(packages)
+        self.weights = torch.tensor([counts[package] ** -0.5 for package in packages])
+
+    def draw(self, random: torch.Generator) -> Path:
+        return self.paths[int(torch.multinomial(self.weights, 1, generator=random))]
 
 
-def unpack_packages(folder: Path) -> dict[str, Path]:
-    """Download and unpack :data:`PACKAGES` below `folder`; the package folders by name."""
-    unpacked = {}
-    for package in PACKAGES:
-        target = folder / package
-        target.mkdir()
-        try:
-            subprocess.run(["apt-get", "download", package], cwd=target, check=True)  # noqa: S603, S607
-            (archive,) = target.glob("*.deb")
-            subprocess.run(["dpkg", "-x", archive.name, "."], cwd=target, check=True)  # noqa: S603, S607
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise TextureDownloadError(
-                f"cannot fetch the Debian package {package}; run `apt-get update` first, or train "
-                "on procedural textures (leave out --textures)"
-            ) from error
-        unpacked[package] = target
-    return unpacked
+class Textures:
+    """Photographs and cut-outs below `folder`; without one, everything is procedural.
 
-
-def photo_tiles(path: Path, random: np.random.Generator, count: int) -> Iterator[UInt8Array]:
-    """Up to `count` square tiles of one picture, at random scales; flat tiles are left out."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    found = 0
-    for _ in range(4 * count):
-        # One tile shows between a quarter and two thirds of the picture's width.
-        side = int(min(random.uniform(0.25, 0.67) * picture.width, picture.height))
-        left = int(random.integers(0, picture.width - side + 1))
-        top = int(random.integers(0, picture.height - side + 1))
-        tile = picture.resize(
-            (PHOTO_SIZE, PHOTO_SIZE),
-            Image.Resampling.LANCZOS,
-            box=(left, top, left + side, top + side),
-        )
-        values = np.asarray(tile)
-        gray = values.mean(axis=2)
-        if np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean() < 4.0:
-            continue
-        yield values
-        found += 1
-        if found == count:
-            return
-
-
-def pack_photos(folders: list[Path], random: np.random.Generator, count: int) -> UInt8Array:
-    """`count` tiles, as evenly from all pictures as they have texture.
-
-    A wallpaper that comes in several sizes counts once, in its largest file.
+    Args:
+        device: where the drawn textures are put. The draws are made on the CPU.
     """
-    largest: dict[str, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() not in {".jpg", ".jpeg", ".png", ".webp"}:
-                continue
-            key = re.sub(r"[_-]?\d+x\d+|\.\w+$", "", str(path))
-            if key not in largest or path.stat().st_size > largest[key].stat().st_size:
-                largest[key] = path
-    rounds: list[list[UInt8Array]] = [[], [], []]
-    for path in largest.values():
-        if path.stat().st_size > 300_000:  # smaller files are thumbnails and flat drawings
-            for tiles, tile in zip(rounds, photo_tiles(path, random, len(rounds)), strict=False):
-                tiles.append(tile)
-    return np.stack([tile for tiles in rounds for tile in tiles][:count])
+
+    def __init__(self, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        random = torch.Generator().manual_seed(1)
+        self.procedural = procedural_tiles(32, random)
+        self.shapes = procedural_shapes(160, random)
+        self.photos = _Files(folder / "photos") if folder else None
+        self.cutouts = _Files(folder / "cutouts") if folder else None
+
+    def tiles(self, count: int, random: torch.Generator) -> Tensor:
+        """`count` textures, float32 [count, 3, 448, 448] in 0..1."""
+        tiles = []
+        for _ in range(count):
+            if self.photos is None or _uniform(random) < PROCEDURAL_TILES:
+                tiles.append(self.procedural[_integer(len(self.procedural), random)])
+            else:
+                tiles.append(_tile(self.photos.draw(random), random))
+        return torch.stack(tiles).to(self.device).float() / 255
+
+    def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` cut-outs, float32 [count, 4, size, size] in 0..1, not premultiplied; and which
+        of them are shapes without a colour of their own, bool [count]."""
+        found, colourless = [], []
+        for _ in range(count):
+            procedural = self.cutouts is None or _uniform(random) < PROCEDURAL_CUTOUTS
+            colourless.append(procedural)
+            if self.cutouts is None or procedural:
+                shape = self.shapes[_integer(len(self.shapes), random)].float()
+                sized = F.interpolate(shape[None], (size, size), mode="bilinear", antialias=True)
+                found.append(sized[0])
+            else:
+                found.append(_cutout(self.cutouts.draw(random), size))
+        return torch.stack(found).to(self.device) / 255, torch.tensor(colourless).to(self.device)
 
 
-def pack_cutouts(folder: Path, random: np.random.Generator, count: int) -> UInt8Array:
-    """`count` random stamps with an alpha channel, each scaled into a 128x128 square."""
-    cutouts = []
-    paths = sorted(folder.rglob("*.png"))
-    for index in random.permutation(len(paths)):
-        with Image.open(paths[index]) as opened:
-            picture = opened.convert("RGBA")
-        alpha = picture.getchannel("A")
-        box = alpha.getbbox()
-        if box is None or min(box[2] - box[0], box[3] - box[1]) < 64:
-            continue
-        if np.asarray(alpha).min() > 0:  # no transparent pixel: a photograph, not a cut-out
-            continue
-        picture = picture.crop(box)
-        scale = (CUTOUT_SIZE - 4) / max(picture.size)
-        picture = picture.resize(
-            (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))),
-            Image.Resampling.LANCZOS,
-        )
-        canvas = Image.new("RGBA", (CUTOUT_SIZE, CUTOUT_SIZE))
-        canvas.paste(
-            picture, ((CUTOUT_SIZE - picture.width) // 2, (CUTOUT_SIZE - picture.height) // 2)
-        )
-        cutouts.append(np.asarray(canvas))
-        if len(cutouts) == count:
-            break
-    return np.stack(cutouts)
+def _uniform(random: torch.Generator) -> float:
+    return float(torch.rand((), generator=random))
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("runs/textures.npz"))
-    parser.add_argument("--photos", type=int, default=88)
-    parser.add_argument("--cutouts", type=int, default=200)
-    arguments = parser.parse_args()
-    random = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as temporary:
-        unpacked = unpack_packages(Path(temporary))
-        photos = pack_photos(
-            [unpacked[package] for package in PACKAGES if package != CUTOUT_PACKAGE],
-            random,
-            arguments.photos,
-        )
-        cutouts = pack_cutouts(unpacked[CUTOUT_PACKAGE], random, arguments.cutouts)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    sources = [f"{package} ({licence})" for package, licence in PACKAGES.items()]
-    np.savez_compressed(arguments.out, photos=photos, cutouts=cutouts, sources=np.array(sources))
-    size = arguments.out.stat().st_size / 1e6
-    print(f"{arguments.out}: {len(photos)} photo tiles, {len(cutouts)} cut-outs, {size:.1f} MB")
+def _integer(below: int, random: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=random))
 
 
-if __name__ == "__main__":
-    main()
+def _channels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _tile(path: Path, random: torch.Generator) -> Tensor:
+    """A square piece of a photograph, from LEAST_CROP pixels to all of its shorter side."""
+    with Image.open(path) as photo:
+        shorter = min(photo.size)
+        side = round(LEAST_CROP * (shorter / LEAST_CROP) ** _uniform(random))
+        left = _integer(photo.width - side + 1, random)
+        top = _integer(photo.height - side + 1, random)
+        box = (left, top, left + side, top + side)
+        return _channels(photo.resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BICUBIC, box))
+
+
+def _cutout(path: Path, size: int) -> Tensor:
+    """A cut-out in the middle of a square, as large as fits with a transparent margin."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGBA")
+    factor = (size - 2) / max(picture.size)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    canvas = torch.zeros(4, size, size)
+    top, left = (size - height) // 2, (size - width) // 2
+    canvas[:, top : top + height, left : left + width] = _channels(picture)
+    return canvas
+
+
+def procedural_tiles(count: int, random: torch.Generator, size: int = TILE_SIZE) -> Tensor:
+    """`count` coloured textures, uint8 [count, 3, size, size]: noise in octaves, half of them cut
+    into flat patches with sharp edges."""
+    texture = torch.zeros(count, 3, size, size)
+    for octave in (4, 8, 16, 32, 64, 112, 224):
+        noise = torch.randn(count, 3, octave, octave, generator=random)
+        # Channels share most of their structure, as in photographs.
+        noise = 0.7 * noise[:, :1] + 0.5 * noise
+        weight = torch.rand(count, 1, 1, 1, generator=random) * octave**-0.35
+        upsampled = F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=False)
+        texture += weight * upsampled
+    patches = torch.arange(count) % 2 == 0
+    steps = 1.0 + 2.0 * torch.rand(int(patches.sum()), 1, 1, 1, generator=random)
+    texture[patches] = torch.round(texture[patches] * steps * 2) / (steps * 2)
+    scale = 40.0 + 50.0 * torch.rand(count, 1, 1, 1, generator=random)
+    mean = 60.0 + 135.0 * torch.rand(count, 3, 1, 1, generator=random)
+    deviation = texture.std(dim=(2, 3), keepdim=True).mean(dim=1, keepdim=True)
+    return (texture / deviation * scale + mean).clamp(0, 255).to(torch.uint8)
+
+
+def procedural_shapes(count: int, random: torch.Generator, size: int = 128) -> Tensor:
+    """`count` shapes, uint8 [count, 4, size, size], colour zero: blobs, stars, rings and bars."""
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    angle, radius = torch.atan2(y, x), torch.hypot(x, y)
+    order = torch.arange(1, 9).view(1, 8, 1, 1)
+    amplitude = torch.randn(count, 8, 1, 1, generator=random) * 0.25 / order
+    phase = torch.rand(count, 8, 1, 1, generator=random) * 2 * math.pi
+    outline = 0.6 + (amplitude * torch.cos(order * angle + phase)).sum(1)
+    outline = outline.clamp(0.15, 0.95)
+    inside = outline - radius
+    ring = torch.rand(count, 1, 1, generator=random) < 0.2
+    inside = torch.where(ring, torch.minimum(inside, 0.15 - inside), inside)
+    # Polygons: the intersection of half-planes.
+    corners = torch.randint(3, 7, (count, 1, 1, 1), generator=random)
+    side = torch.arange(6).view(1, 6, 1, 1)
+    direction = side * 2 * math.pi / corners + phase[:, :1]
+    distance = 0.6 - (x * torch.cos(direction) + y * torch.sin(direction))
+    distance = torch.where(side < corners, distance, torch.full_like(distance, 9.0))
+    polygon = torch.rand(count, 1, 1, generator=random) < 0.4
+    inside = torch.where(polygon, distance.min(dim=1).values, inside)
+    alpha = (inside * size / 2 + 0.5).clamp(0, 1)
+    masks = torch.zeros(count, 4, size, size)
+    masks[:, 3] = alpha * 255
+    return masks.to(torch.uint8)

@@ -40,7 +40,7 @@ def test_the_weights_file_is_small_and_free() -> None:
 
 @pytest.mark.parametrize(
     "fact",
-    ["GPL-3.0-or-later", "python -m training.train", "python -m training.textures", "Seeds"],
+    ["GPL-3.0-or-later", "python -m training.train", "python -m training.collect", "Seeds"],
 )
 def test_the_card_states(fact: str) -> None:
     assert fact in CARD.read_text()

@@ -1,28 +1,33 @@
 """The generator against what its images show: flow, occlusion and seeds."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from training.generator import Scenes, Textures, load_textures, render
+from training import generator
+from training.generator import Scenes, render
+from training.textures import Textures
 
 HEIGHT, WIDTH = 96, 128
 
 
 @pytest.fixture(scope="module")
 def textures() -> Textures:
-    return load_textures(None)
+    return Textures()
 
 
 @pytest.fixture(scope="module")
-def smooth(textures: Textures) -> Textures:
+def smooth() -> Textures:
     """Procedural textures without sharp detail, so that interpolation errs little."""
-    photos = F.interpolate(
-        F.interpolate(textures.photos.float(), size=(40, 40), mode="area"),
-        size=textures.photos.shape[2:],
-        mode="bicubic",
-    )
-    return Textures(photos.clamp(0, 255).to(torch.uint8), textures.cutouts, textures.masks)
+    textures = Textures()
+    coarse = F.interpolate(textures.procedural.float(), size=(40, 40), mode="area")
+    fine = F.interpolate(coarse, size=textures.procedural.shape[2:], mode="bicubic")
+    textures.procedural = fine.clamp(0, 255).to(torch.uint8)
+    return textures
 
 
 def warp_back(scenes: Scenes) -> torch.Tensor:
@@ -45,7 +50,7 @@ def away_from_edges(mask: torch.Tensor) -> torch.Tensor:
 
 
 def test_frame_1_warped_back_is_frame_0_where_nothing_hides_it(smooth: Textures) -> None:
-    scenes = render(5, 4, HEIGHT, WIDTH, smooth, blur=False)
+    scenes = render(5, 4, HEIGHT, WIDTH, smooth, effects=False)
     error = (warp_back(scenes) - scenes.frames[0].float()).abs().amax(dim=1)
     visible = away_from_edges(~scenes.occluded)
     assert visible.float().mean() > 0.5
@@ -56,7 +61,7 @@ def test_frame_1_warped_back_is_frame_0_where_nothing_hides_it(smooth: Textures)
 
 
 def test_a_flow_that_is_off_by_half_a_pixel_is_noticed(smooth: Textures) -> None:
-    scenes = render(5, 4, HEIGHT, WIDTH, smooth, blur=False)
+    scenes = render(5, 4, HEIGHT, WIDTH, smooth, effects=False)
     shifted = Scenes(scenes.frames, scenes.flow + 0.5, scenes.occluded)
     visible = away_from_edges(~scenes.occluded)
     right = (warp_back(scenes) - scenes.frames[0].float()).abs().amax(dim=1)[visible].mean()
@@ -65,7 +70,7 @@ def test_a_flow_that_is_off_by_half_a_pixel_is_noticed(smooth: Textures) -> None
 
 
 def test_what_leaves_the_image_is_occluded_and_hidden_pixels_differ(textures: Textures) -> None:
-    scenes = render(6, 4, HEIGHT, WIDTH, textures, blur=False)
+    scenes = render(6, 4, HEIGHT, WIDTH, textures, effects=False)
     x = torch.arange(WIDTH) + scenes.flow[:, 0]
     y = torch.arange(HEIGHT)[:, None] + scenes.flow[:, 1]
     outside = (x < -1) | (y < -1) | (x > WIDTH) | (y > HEIGHT)
@@ -95,10 +100,41 @@ def test_small_motions_and_a_long_tail(textures: Textures) -> None:
     assert small.median() < 2
 
 
-def test_motion_blur_keeps_the_flow(smooth: Textures) -> None:
-    sharp = render(9, 2, HEIGHT, WIDTH, smooth, blur=False)
-    blurred = render(9, 2, HEIGHT, WIDTH, smooth, blur=True)
-    assert torch.equal(sharp.flow, blurred.flow)
-    assert not torch.equal(sharp.frames, blurred.frames)
-    error = (warp_back(blurred) - blurred.frames[0].float()).abs().amax(dim=1)
-    assert error[away_from_edges(~blurred.occluded)].median() < 4.0
+def test_blur_fog_and_defocus_keep_the_flow(
+    smooth: Textures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharp = render(9, 2, HEIGHT, WIDTH, smooth, effects=False)
+    for effect in ("MOTION_BLUR", "FOG", "DEFOCUS"):
+        monkeypatch.setattr(generator, effect, 1.0)
+        changed = render(9, 2, HEIGHT, WIDTH, smooth)
+        assert torch.equal(sharp.flow, changed.flow)
+        assert not torch.equal(sharp.frames, changed.frames)
+        error = (warp_back(changed) - changed.frames[0].float()).abs().amax(dim=1)
+        assert error[away_from_edges(~changed.occluded)].median() < 4.0
+        sharp = changed
+
+
+def test_photographs_and_cutouts_are_drawn_from_a_folder(tmp_path: Path) -> None:
+    for kind in ("photos", "cutouts"):
+        (tmp_path / kind).mkdir()
+    ramp = np.zeros((400, 600, 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, 600)
+    ramp[..., 2] = 200
+    Image.fromarray(ramp).save(tmp_path / "photos" / "a_0000.png")
+    bar = np.zeros((20, 10, 4), np.uint8)
+    bar[:] = (10, 20, 30, 255)
+    Image.fromarray(bar).save(tmp_path / "cutouts" / "a_0000.png")
+    textures = Textures(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    tiles = textures.tiles(20, random)
+    photos = tiles[(tiles[:, 2] == 200 / 255).all(dim=(1, 2))]
+    assert len(photos) > 10
+    # Pieces of 320 to 400 of the 600 columns, anywhere.
+    width = (photos[:, 0, :, -1] - photos[:, 0, :, 0]).mean(dim=1) * 600
+    assert 310 < width.min() < width.max() < 405
+    assert photos[:, 0, 0, 0].std() > 0.02
+    outlines, colourless = textures.outlines(20, 42, random)
+    assert 0 < colourless.sum() < 20
+    for outline in outlines[~colourless]:
+        assert (outline[3] > 0.5).sum() == 40 * 20  # twice as high as wide, a margin around
+        torch.testing.assert_close(outline[:3, 21, 21] * 255, torch.tensor([10.0, 20.0, 30.0]))

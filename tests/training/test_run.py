@@ -4,50 +4,63 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from export.networks import NETWORKS, FlowNet2
 from export.networks.operators import correlation
-from export.weights import WeightsError, load_weights, save_weights
+from export.weights import WeightsError, save_weights
+from flownet2.formats import write_flow
 from training import train
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.cost import cost_volume
-from training.generator import Textures, load_textures
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
-from training.model import TrainingC, carry_flow, channel_means, initialise, standardise
+from training.model import (
+    Trainee,
+    TrainingC,
+    carry_flow,
+    channel_means,
+    initialise,
+    initialise_from_data,
+)
 from training.pool import ScenePool
 from training.ship import finished_model
-from training.train import (
-    ResumeError,
-    Trainer,
-    UnsupportedNetworkError,
-    keep_memory,
-    load_checkpoint,
-    parse,
-    parts_of,
-    save_checkpoint,
-)
+from training.textures import Textures
+from training.train import ResumeError, Trainer, UnsupportedNetworkError, keep_memory, parse
 
 MakeTrainer = Callable[..., Trainer]
-SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--exact", "--device", "cpu"]
+SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def textures() -> Textures:
     keep_memory()
-    return load_textures(None)
+    return Textures()
 
 
 @pytest.fixture
 def trainer(textures: Textures, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
     """Makes runs that share one set of textures."""
-    monkeypatch.setattr(train, "load_textures", lambda path, device: textures)
+    monkeypatch.setattr(train, "Textures", lambda folder, device: textures)
 
     def make(folder: Path, *options: str) -> Trainer:
-        return Trainer(parse([*SMALL, "--validation", "1", "--out", str(folder), *options]))
+        return Trainer(parse([*SMALL, "--out", str(folder), *options]))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file of a FlowNet2-c that nothing was trained for."""
+    network = FlowNet2(NETWORKS["FlowNet2-c"])
+    channel_means(network)
+    initialise(network.blocks["net1"], seed=3)
+    path = tmp_path_factory.mktemp("weights") / "c.safetensors"
+    save_weights(network, path, "a test", "none")
+    return path
 
 
 def test_the_cost_volume_is_the_exported_correlation_and_so_are_its_gradients() -> None:
@@ -66,7 +79,9 @@ def test_the_multiscale_loss_of_zero_flow_is_the_weighted_length_of_the_flow() -
     flow = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(2, 2, 64, 64)
     predictions = [torch.zeros(2, 2, 64 >> level, 64 >> level) for level in (6, 5, 4, 3, 2)]
     loss = multiscale_loss(predictions, flow, scale=20.0)
-    assert loss == pytest.approx(sum(LEVEL_WEIGHTS) * 5 / 20, rel=1e-5)
+    assert loss == pytest.approx(sum(LEVEL_WEIGHTS["paper"]) * 5 / 20, rel=1e-5)
+    loss = multiscale_loss(predictions, flow, 20.0, LEVEL_WEIGHTS["finest"], exponent=0.4)
+    assert loss == pytest.approx(2.48 * (5 / 20 + 0.01) ** 0.4, rel=1e-5)
 
 
 def test_the_matching_loss_is_the_entropy_of_its_bilinear_target_at_the_best_logits() -> None:
@@ -90,12 +105,16 @@ def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
         before = factored.decode(*factored.features(images))
         factored.fold()
         after = block(images[0], images[1])
-    for factored_flow, plain_flow in zip(before, after, strict=True):
+        again = TrainingC(block)
+        again.unfold()
+        unfolded = again.decode(*again.features(images))
+    for factored_flow, plain_flow, third in zip(before, after, unfolded, strict=True):
         torch.testing.assert_close(factored_flow, plain_flow, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(third, plain_flow, rtol=1e-4, atol=1e-5)
 
 
 def test_what_leaves_the_crop_is_hidden(textures: Textures) -> None:
-    pool = ScenePool(textures, capacity=8, crop=(64, 128), displacement=3.0, seed=5)
+    pool = ScenePool(textures, capacity=8, crop=(64, 128), displacement=3.0, small=0.0, seed=5)
     batch = pool.draw(16, 1.0, torch.Generator().manual_seed(0))
     y, x = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
     column, row = (x + batch.flow[:, 0]).round(), (y + batch.flow[:, 1]).round()
@@ -103,6 +122,13 @@ def test_what_leaves_the_crop_is_hidden(textures: Textures) -> None:
     assert 0 < outside.float().mean() < 1
     assert batch.occluded[outside].all()
     assert not batch.occluded.all()
+
+
+def test_a_share_of_the_scenes_moves_a_tenth(textures: Textures) -> None:
+    pools = [ScenePool(textures, 32, (64, 64), 1.0, small, seed=5) for small in (0.0, 0.5)]
+    lengths = [pool.flow.norm(dim=1).mean(dim=(1, 2)).view(4, 8).mean(dim=1) for pool in pools]
+    assert torch.equal(lengths[0] == lengths[1], torch.tensor([True, False, True, False]))
+    assert (lengths[1][1::2] < 0.3 * lengths[0][1::2]).all()
 
 
 def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
@@ -119,10 +145,9 @@ def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
     )
     run.run()
     with (tmp_path / "log.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["part"] == "net1 flow"]
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "flow"]
     errors = [float(row["epe"]) for row in rows]
     assert sum(errors[-15:]) < 0.8 * sum(errors[:15])
-    assert (tmp_path / "validation.csv").exists()
     model, source = finished_model(tmp_path)
     assert "60 steps" in source
     image = torch.zeros(1, 70, 90, 3, dtype=torch.uint8)
@@ -133,7 +158,7 @@ def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
 def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: MakeTrainer) -> None:
     def steps(run: Trainer, count: int) -> None:
         for _ in range(count):
-            run.begin_due_part()
+            run.end_stage()
             run.train_step(elapsed=0.0)
 
     options = ["--steps", "20", "--reuse", "2"]
@@ -144,7 +169,7 @@ def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: Mak
     first.checkpoint()
     second = trainer(tmp_path / "parts", *options)
     assert second.step == 7
-    assert second.part.name == "net1 flow"
+    assert not second.stage.matching
     steps(second, 5)
     for name, value in whole.trainee.state_dict().items():
         assert torch.equal(value, second.trainee.state_dict()[name]), name
@@ -152,19 +177,90 @@ def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: Mak
         assert torch.equal(value, second.ema[name]), name
 
 
-def test_a_cascade_trains_its_second_network_on_the_frozen_first(
-    tmp_path: Path, trainer: MakeTrainer
+def test_a_network_is_stacked_on_a_weights_file_which_stays(
+    tmp_path: Path, trainer: MakeTrainer, stored: Path
 ) -> None:
-    run = trainer(tmp_path, "--network", "FlowNet2-cs", "--steps", "10", "--reuse", "4")
-    while run.part.block != "net2":
-        run.begin_due_part()
-        run.train_step(elapsed=0.0)
-    frozen = {name: value.clone() for name, value in run.model.blocks["net1"].state_dict().items()}
-    before = run.trainee.module.encoder["conv1"].weight.detach().clone()
-    run.train_step(elapsed=0.0)
-    assert not torch.equal(run.trainee.module.encoder["conv1"].weight, before)
+    options = ("--network", "FlowNet2-cs", "--from", str(stored), "--steps", "2")
+    run = trainer(tmp_path / "cs", *options)
+    before = run.model.blocks["net2"].encoder["conv1"].weight.detach().clone()
+    run.run()
+    assert not torch.equal(run.model.blocks["net2"].encoder["conv1"].weight, before)
+    model, source = finished_model(tmp_path / "cs")
+    assert source == "a test, then net2 2 steps in 0 minutes"
     for name, value in run.model.blocks["net1"].state_dict().items():
-        assert torch.equal(value, frozen[name]), name
+        assert torch.equal(model.blocks["net1"].state_dict()[name], value), name
+        assert torch.equal(value.half().float(), value), name
+    with pytest.raises(ResumeError, match="--train"):
+        trainer(tmp_path / "cs", *options, "--train", "net1", "net2")
+    with pytest.raises(WeightsError, match="holds no blocks"):
+        trainer(tmp_path / "CS", "--network", "FlowNet2-CS", "--from", str(stored))
+    with pytest.raises(UnsupportedNetworkError, match="net1"):
+        trainer(tmp_path / "none", "--network", "FlowNet2-cs")
+
+
+def test_a_cascade_is_tuned_end_to_end_from_later_files_first(
+    tmp_path: Path, trainer: MakeTrainer, stored: Path
+) -> None:
+    trainer(tmp_path / "cs", "--network", "FlowNet2-cs", "--from", str(stored)).checkpoint()
+    both = tmp_path / "cs.safetensors"
+    save_weights(finished_model(tmp_path / "cs")[0], both, "an older test", "none")
+    options = ["--from", str(both), "--from", str(stored), "--train", "net1", "net2"]
+    run = trainer(tmp_path / "tuned", "--network", "FlowNet2-cs", *options, "--steps", "1")
+    assert run.source.startswith("a test")
+    weights = [block.state_dict() for block in run.model.blocks.values()]
+    before = [block["decoder.deconv5.weight"].clone() for block in weights]
+    run.run()
+    for block, old in zip(weights, before, strict=True):
+        assert not torch.equal(block["decoder.deconv5.weight"], old)
+
+
+def test_an_exact_match_leaves_gradients_finite() -> None:
+    model = FlowNet2(NETWORKS["FlowNet2-ss"])
+    trainee = Trainee(model, ["net1", "net2"])
+    for block in model.blocks.values():
+        initialise(block, seed=1)
+        torch.nn.init.zeros_(block.decoder.predict2.weight)
+    image = torch.rand(1, 3, 64, 64)
+    predictions, _ = trainee(torch.stack([image, image]))
+    sum(levels[-1].sum() for levels in predictions).backward()
+    assert all(p.grad.isfinite().all() for p in trainee.parameters() if p.grad is not None)
+    assert model.blocks["net1"].decoder.predict2.bias.grad is not None
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    tmp_path: Path, trainer: MakeTrainer, stored: Path
+) -> None:
+    run = trainer(tmp_path, "--from", str(stored), "--steps", "1")
+    with torch.no_grad():
+        run.model.blocks["net1"].decoder.predict2.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="--learning-rate"):
+        run.run()
+
+
+def test_validation_is_the_mean_error_of_each_family(
+    tmp_path: Path, trainer: MakeTrainer, stored: Path
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8))
+    for name, length in (("a_0", 1e3), ("a_1", 3e3), ("b_0", 5e3)):
+        folder = tmp_path / "pairs" / name
+        folder.mkdir(parents=True)
+        for frame in ("frame0.png", "frame1.png"):
+            image.save(folder / frame)
+        write_flow(folder / "gt.flo", np.full((64, 128, 2), (0, length), np.float32))
+    options = ["--validation", str(tmp_path / "pairs"), "--from", str(stored), "--steps", "1"]
+    run = trainer(tmp_path / "run", *options)
+    for name, average in run.ema.items():
+        if "predict" in name:
+            average.zero_()
+    weights = {name: value.clone() for name, value in run.trainee.state_dict().items()}
+    assert run.validate() == pytest.approx([2e3, 5e3])
+    for name, value in run.trainee.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    run.run()
+    with (tmp_path / "run" / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1"]
+    assert float(rows[0]["b"]) == pytest.approx(5e3)
 
 
 def test_a_refining_network_begins_with_the_flow_that_it_is_given() -> None:
@@ -173,46 +269,13 @@ def test_a_refining_network_begins_with_the_flow_that_it_is_given() -> None:
     images = torch.rand(2, 9, 128, 192)
     flow = torch.randn(2, 2, 128, 192)
     inputs = torch.cat((images, flow, torch.rand(2, 1, 128, 192)), 1)
-    standardise(block, lambda: block(inputs))
+    initialise_from_data([block], lambda: block(inputs))
     carry_flow(block)
     with torch.no_grad():
         predictions = block(inputs)
     assert len(predictions) == 5
     for level, prediction in zip((6, 5, 4, 3, 2), predictions, strict=True):
         torch.testing.assert_close(prediction, avg_pool2d(flow, 2**level), atol=1e-5, rtol=0)
-
-
-def test_a_network_is_stacked_on_a_weights_file(tmp_path: Path, trainer: MakeTrainer) -> None:
-    first = FlowNet2(NETWORKS["FlowNet2-s"])
-    channel_means(first)
-    for name, block in first.blocks.items():
-        initialise(block, seed=len(name))
-    weights = tmp_path / "s.safetensors"
-    save_weights(first, weights, "a test", "none")
-    options = ("--network", "FlowNet2-ss", "--on", str(weights), "--steps", "2")
-    run = trainer(tmp_path / "ss", *options)
-    assert [part.name for part in run.parts] == ["net2 flow"]
-    run.run()
-    stored = load_weights(NETWORKS["FlowNet2-s"], weights)[0].state_dict()
-    model, source = finished_model(tmp_path / "ss")
-    assert source == "a test, then its last network 2 steps in 0 minutes"
-    for name, value in stored.items():
-        assert torch.equal(model.state_dict()[name], value), name
-    with pytest.raises(ResumeError, match="with --on"):
-        trainer(tmp_path / "ss", "--network", "FlowNet2-ss", "--steps", "2")
-    with pytest.raises(WeightsError, match="looks like FlowNet2-s"):
-        trainer(tmp_path / "cs", "--network", "FlowNet2-cs", "--on", str(weights))
-    with pytest.raises(UnsupportedNetworkError, match="without --on"):
-        trainer(tmp_path / "s", "--network", "FlowNet2-s", "--on", str(weights))
-
-
-def test_shares_add_up_and_fusion_is_refused() -> None:
-    for network in NETWORKS.values():
-        if network.fusion:
-            with pytest.raises(UnsupportedNetworkError, match="FlowNet2-CSS"):
-                parts_of(network)
-        else:
-            assert sum(part.share for part in parts_of(network)) == pytest.approx(1)
 
 
 def test_a_checkpoint_comes_in_pieces_and_of_its_own_network_only(
