@@ -382,7 +382,7 @@ class Trainer:
             epe = endpoint_error(finest * self.trainee.scale, truth)
         if not loss.isfinite():  # a flow that is none ends grid_sample's backward pass in a crash
             raise FloatingPointError(
-                f"the loss of step {self.step} is {float(loss)}; go on from the checkpoint with a "
+                f"the loss of step {self.step} is {loss.item()}; go on from the checkpoint with a "
                 "lower --learning-rate"
             )
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,18 @@
+"""One set of procedural textures for all tests, and one thread, which waits for no other."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from training.textures import Textures
+from training.train import keep_memory
+
+
+@pytest.fixture(scope="package")
+def textures() -> Iterator[Textures]:
+    keep_memory()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Textures()
+    torch.set_num_threads(threads)
