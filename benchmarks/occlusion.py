@@ -23,8 +23,9 @@ from export.networks import NETWORKS
 from export.shipped import WEIGHTS
 from export.weights import load_weights
 from flownet2 import measures
-from training.generator import load_textures, render
+from training.generator import render
 from training.pairs import Pair, read_pairs
+from training.textures import Textures
 
 SEED, SCENES, HEIGHT, WIDTH = 20_261_125, 24, 384, 512
 
@@ -39,9 +40,9 @@ class Case:
 
 def generated() -> Iterator[Case]:
     """Scenes that no training has seen: their seeds are none of its own."""
-    textures = load_textures(None)
+    textures = Textures()
     for index in range(SCENES):
-        scene = render(SEED + index, 1, HEIGHT, WIDTH, textures, blur=False)
+        scene = render(SEED + index, 1, HEIGHT, WIDTH, textures, effects=False)
         first, second = scene.frames[:, 0].permute(0, 2, 3, 1).numpy()
         flow = scene.flow[0].permute(1, 2, 0).numpy()
         valid = np.ones((HEIGHT, WIDTH), np.bool_)

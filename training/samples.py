@@ -53,7 +53,7 @@ def main() -> None:
         for index, frame in enumerate(frames[:, place]):
             Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"frame{index}.png")
         write_flow(folder / "gt.flo", scenes.flow[place].permute(1, 2, 0).numpy())
-        Image.fromarray(scenes.occluded[place].numpy()).save(folder / "occluded.png")
+        Image.fromarray(scenes.occluded[place].numpy()).save(folder / "occlusions.png")
 
 
 if __name__ == "__main__":
