@@ -2,7 +2,8 @@
 
     python -m training.evaluate --pairs DIR [--model model.onnx …] [--pictures DIR]
 
-prints one table: end-point error of each pair, family and over all, then the share of pixels off by
+prints one table: end-point error of each pair, family and over all, where occlusions are known that
+of visible and occluded pixels and of visible ones by their motion, then the share of pixels off by
 more than 3 pixels and the milliseconds a pair takes. `--pictures` writes first frame, true flow and
 every method's flow side by side in Middlebury's colours.
 """
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from flownet2.formats import Flow, colours
+from flownet2.formats import Flow, Mask, colours
 from flownet2.measures import end_point_error
 from training.pairs import Pair, read_pairs
 
@@ -36,17 +37,38 @@ opencv: Any = cv2  # its type stubs leave out half of what is used here
 @dataclass(frozen=True)
 class Score:
     """One method on one pair: mean end-point error in pixels, share of valid pixels off by more
-    than 3 pixels, and the time taken."""
+    than 3 pixels, sum of errors and number of pixels by :func:`kinds`, and the time taken."""
 
     epe: float
     bad: float
+    kinds: dict[str, tuple[float, int]]
     milliseconds: float
+
+
+def kinds(pair: Pair) -> dict[str, Mask]:
+    """Pixels whose errors are told apart, where occlusions are known."""
+    if pair.occluded is None:
+        return {}
+    visible = pair.valid & ~pair.occluded
+    length = np.hypot(pair.flow[..., 0], pair.flow[..., 1])
+    return {
+        "visible": visible,
+        "occluded": pair.valid & pair.occluded,
+        **{
+            f"visible, {low} to {high} px": visible & (length >= low) & (length < high)
+            for low, high in ((0, 2), (2, 10), (10, 40))
+        },
+    }
 
 
 def score(flow: Flow, pair: Pair, milliseconds: float = 0.0) -> Score:
     """Compare a flow [H, W, 2] with the true one over the valid pixels."""
-    error = end_point_error(flow, pair.flow)[pair.valid]
-    return Score(float(error.mean()), float((error > BAD_PIXELS).mean()), milliseconds)
+    error = end_point_error(flow, pair.flow)
+    parts = {
+        name: (float(error[mask].sum()), int(mask.sum())) for name, mask in kinds(pair).items()
+    }
+    error = error[pair.valid]
+    return Score(float(error.mean()), float((error > BAD_PIXELS).mean()), parts, milliseconds)
 
 
 def _gray(method: Method) -> Method:
@@ -117,10 +139,22 @@ def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
 
     for pair in pairs:
         row(pair.name, mean_error([pair.name]))
+
+    def pooled(names: list[str], kind: str) -> Callable[[dict[str, Score]], str]:
+        def cell(by_pair: dict[str, Score]) -> str:
+            total, count = np.sum([by_pair[name].kinds[kind] for name in names], axis=0)
+            return f"{total / count:.2f}" if count else ""
+
+        return cell
+
     for family in dict.fromkeys(pair.family for pair in pairs):
-        members = [pair.name for pair in pairs if pair.family == family]
+        members = [pair for pair in pairs if pair.family == family]
+        names = [pair.name for pair in members]
         if len(members) > 1:
-            row(f"**{family}, mean of {len(members)}**", mean_error(members))
+            row(f"**{family}, mean of {len(members)}**", mean_error(names))
+        if all(pair.occluded is not None for pair in members):
+            for kind in kinds(members[0]):
+                row(f"{family}, {kind}", pooled(names, kind))
     row(f"**all, mean of {len(pairs)}**", mean_error([pair.name for pair in pairs]))
     row(
         "pixels off by more than 3, %",

@@ -2,7 +2,7 @@
 
 A folder holds `frame0.*` and `frame1.*` (any format that Pillow opens) and the flow between them,
 `gt.flo` (Middlebury) or `gt.png` (KITTI). `invalid.png`, if present, marks by values above zero
-what is left out (MPI-Sintel).
+what is left out (MPI-Sintel), `occlusions.png` what the second frame does not show.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ class PairError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """`frames` uint8 RGB [H, W, 3]; `flow` float32 [H, W, 2] in pixels; `valid` bool [H, W]."""
+    """`frames` uint8 RGB [H, W, 3]; `flow` float32 [H, W, 2] in pixels; `valid` bool [H, W];
+    `occluded` bool [H, W] where it is known."""
 
     name: str
     frames: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
     flow: Flow
     valid: npt.NDArray[np.bool_]
+    occluded: npt.NDArray[np.bool_] | None = None
 
     @property
     def family(self) -> str:
@@ -56,11 +58,20 @@ def read_pair(folder: Path) -> Pair:
     if not frames[0].shape[:2] == frames[1].shape[:2] == flow.shape[:2]:
         raise PairError(f"{folder}: the frames and the flow differ in size")
     valid = known(flow)
-    if (folder / "invalid.png").exists():
-        with Image.open(folder / "invalid.png") as opened:
-            valid &= np.asarray(opened.convert("L")) == 0
+    invalid, occluded = (_mask(folder / name) for name in ("invalid.png", "occlusions.png"))
+    if invalid is not None:
+        valid &= ~invalid
     flow = np.where(valid[..., None], flow, np.float32(0))
-    return Pair(folder.name, (frames[0], frames[1]), flow, valid)
+    return Pair(folder.name, (frames[0], frames[1]), flow, valid, occluded)
+
+
+def _mask(path: Path) -> npt.NDArray[np.bool_] | None:
+    """Where a picture is above zero; None where there is no such file."""
+    if not path.exists():
+        return None
+    with Image.open(path) as opened:
+        mask: npt.NDArray[np.bool_] = np.asarray(opened.convert("L")) > 0
+    return mask
 
 
 def read_pairs(folder: Path) -> Iterator[Pair]:

@@ -60,6 +60,25 @@ def test_unknown_and_invalid_pixels_do_not_count(tmp_path: Path) -> None:
     assert score(estimate, pair).epe == 0
 
 
+def test_visible_and_occluded_pixels_are_told_apart(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a", constant(3, -4))
+    flow = constant(0, 1)
+    flow[:24] = (0, 20)
+    write_pair(tmp_path / "a_b", flow)
+    for name, share in (("a", 4), ("a_b", 2)):
+        occluded = np.zeros((HEIGHT, WIDTH), np.uint8)
+        occluded[:, : WIDTH // share] = 255
+        Image.fromarray(occluded).save(tmp_path / name / "occlusions.png")
+    pairs = list(read_pairs(tmp_path))
+    lines = table(pairs, evaluate(pairs, {"zero": opencv_methods()["zero flow"]})).splitlines()
+    # Visible: 3/4 of 5 px, 1/4 each of 1 and of 20 px; occluded: 1/4 each of 5, 1 and 20 px.
+    assert "| a, visible | 7.20 |" in lines
+    assert "| a, occluded | 8.67 |" in lines
+    assert "| a, visible, 0 to 2 px | 1.00 |" in lines
+    assert "| a, visible, 2 to 10 px | 5.00 |" in lines
+    assert "| a, visible, 10 to 40 px | 20.00 |" in lines
+
+
 def test_kitti_pixels_without_truth_do_not_count(tmp_path: Path) -> None:
     flow = constant(1, 2)
     flow[0, 0] = 9999  # beyond the format, hence written as invalid
