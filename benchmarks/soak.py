@@ -1,7 +1,10 @@
-"""`make soak`: many clients against two Tritons, one of which is killed in the middle.
+"""`make soak`: many clients against two Tritons, while whatever can die or fill up does.
 
-Every request must end in a right flow, or in a 503 or 504 that says why. Prints how many ended how,
-and the memory of the gateway before and after.
+Every request must end in a right flow, or in a 503 with Retry-After; while no gateway runs, in no
+connection. In the end both Tritons must serve, by themselves. Prints what happened when, how many
+requests ended how, and memory before and after.
+
+``/dev/shm`` is filled up only where it is small: `make soak` mounts one of its own.
 """
 
 import argparse
@@ -10,31 +13,66 @@ import contextlib
 import io
 import itertools
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import numpy.typing as npt
+import psutil
 from PIL import Image
 
 from benchmarks.report import bypass_proxies, machine, table
 from launch import gateway, triton
+from launch.check import Canary
+from launch.child import Child
 from launch.ports import free_ports
+from launch.shared_memory import FOLDER
+from launch.supervisor import Fault, Start, Supervisor
 
 PAIRS = 4
 SIZE = (640, 480)
-TOLERANCE_PX = 0.05
-"""Mean distance of a right flow from the one of a quiet server: batches round differently."""
+TOLERANCE_PX = 1e-3
+"""Mean distance of a right flow from the one of a quiet server."""
+SMALL_BYTES = 2**30
+RECOVERY_SECONDS = 60.0
 
-HONEST = (503, 504)
+RIGHT, REFUSED, AWAY = "right flow", "503 with Retry-After", "no connection, no gateway running"
+
+
+class Server:
+    """A supervised server, and its process at the moment."""
+
+    def __init__(self, name: str, start: Start, fault: Fault) -> None:
+        self.name = name
+        self.child: Child | None = None
+        self.up = False
+        self._start = start
+        self.supervisor = Supervisor(self._started, fault, lambda line: say(f"{name}: {line}"))
+
+    @contextlib.contextmanager
+    def _started(self, stop: threading.Event) -> Iterator[Child]:
+        with self._start(stop) as self.child:
+            self.up = True
+            say(f"{self.name}: ready")
+            yield self.child
+        self.child = None
+
+    async def pid(self) -> int:
+        """Its process id, when it has one."""
+        while not self.child:
+            await asyncio.sleep(0.1)
+        return self.child.pid
 
 
 def main() -> int:
-    """Run the load; 1 when a request ended in anything but a right flow or an honest refusal."""
+    """Run the drill; 1 when a request ended otherwise, or a Triton does not serve in the end."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--clients", type=int, default=64)
@@ -42,86 +80,147 @@ def main() -> int:
     options = parser.parse_args()
     bypass_proxies()
     print(machine())
+    addresses = [triton.local_address() for _ in range(2)]
+    (port,) = free_ports(1)
+    endpoints = ",".join(address.grpc for address in addresses)
+
+    def start_triton(address: triton.Address) -> Start:
+        @contextlib.contextmanager
+        def start(stop: threading.Event) -> Iterator[Child]:
+            with triton.serve(options.repository, address=address, stop=stop) as server:
+                yield server.child
+
+        return start
+
+    tritons = [
+        Server(f"Triton {index}", start_triton(one), Canary(one.host, one.http_port).fault)
+        for index, one in enumerate(addresses, 1)
+    ]
+    service = Server(
+        "gateway",
+        lambda stop: gateway.serve(
+            addresses[0], port, stop=stop, settings={"TRITON_ENDPOINTS": endpoints}
+        ),
+        lambda: gateway.fault(addresses[0].host, port),
+    )
     with contextlib.ExitStack() as servers:
-        victim = contextlib.ExitStack()
-        servers.enter_context(victim)
-        stays = servers.enter_context(triton.serve(options.repository)).address
-        goes = victim.enter_context(triton.serve(options.repository))
-        (port,) = free_ports(1)
-        settings = {"TRITON_ENDPOINTS": f"{stays.grpc},{goes.address.grpc}"}
-        service = servers.enter_context(gateway.serve(stays, port, settings=settings))
-        outcomes, resident = asyncio.run(
-            soak(f"http://{stays.host}:{port}", service.pid, options, goes, victim)
-        )
-    print(table(["outcome", "requests"], [[name, str(n)] for name, n in outcomes.most_common()]))
-    print(table(["gateway", "resident MiB"], [[name, f"{mib:.0f}"] for name, mib in resident]))
-    wrong = {name for name in outcomes if name != "right flow" and int(name[:3]) not in HONEST}
-    if wrong or not outcomes["right flow"]:
-        print(f"error: requests ended in {', '.join(sorted(wrong)) or 'refusals alone'}")
-        return 1
-    return 0
+        for server in (*tritons, service):
+            servers.enter_context(server.supervisor)
+            while not server.supervisor.ready():
+                time.sleep(0.1)
+        before = memory(service)
+        url = f"http://127.0.0.1:{port}"
+        outcomes = asyncio.run(soak(url, options.clients, options.seconds, tritons, service))
+        faults = asyncio.run(wait_for_both(url, addresses))
+        after = memory(service)
+    print(table(["requests ended in", ""], [[name, str(n)] for name, n in outcomes.most_common()]))
+    print(table(["MiB", "gateway", str(FOLDER)], [["before", *before], ["after", *after]]))
+    wrong = [name for name in outcomes if name not in (RIGHT, REFUSED, AWAY)]
+    for fault in [*(f"requests ended in {name}" for name in wrong), *faults]:
+        print(f"error: {fault}")
+    return 1 if wrong or faults or not outcomes[RIGHT] else 0
+
+
+def say(line: str, begin: float = time.monotonic()) -> None:
+    """Print what happens, and when."""
+    print(f"{time.monotonic() - begin:6.1f} s  {line}", flush=True)
 
 
 async def soak(
-    url: str,
-    pid: int,
-    options: argparse.Namespace,
-    goes: triton.Triton,
-    victim: contextlib.ExitStack,
-) -> tuple[Counter[str], list[tuple[str, float]]]:
-    """Load the service while a Triton is killed after a third of the time and restarted after two.
-
-    Returns:
-        How many requests ended how, and the gateway's memory over time.
-    """
+    url: str, clients: int, seconds: float, tritons: list[Server], service: Server
+) -> Counter[str]:
+    """Load the service through the drill; how many requests ended how."""
     pairs = [request(seed) for seed in range(PAIRS)]
-    async with httpx.AsyncClient(base_url=url, timeout=150, limits=httpx.Limits()) as client:
+    limits = httpx.Limits(max_keepalive_connections=0)  # one may be closed when it is used again
+    async with httpx.AsyncClient(base_url=url, timeout=150, limits=limits) as client:
         expected = [read_flow(await post(client, pair)) for pair in pairs]
-        resident = [("before", resident_mib(pid))]
         outcomes: Counter[str] = Counter()
         turns = itertools.cycle(range(PAIRS))
-        end = time.monotonic() + options.seconds
-        clients = [
-            asyncio.create_task(one_client(client, pairs, expected, turns, outcomes, end))
-            for _ in range(options.clients)
-        ]
-        await asyncio.sleep(options.seconds / 3)
-        os.kill(goes.child.pid, signal.SIGKILL)
-        await asyncio.sleep(options.seconds / 3)
-        resident.append(("under load", resident_mib(pid)))
-        await asyncio.to_thread(victim.close)
-        restart = triton.serve(options.repository, address=goes.address)
-        await asyncio.to_thread(victim.enter_context, restart)
-        await asyncio.gather(*clients)
-        metrics = (await client.get("/metrics")).text
-        assert "flownet2_endpoints_serving 2.0" in metrics, "the restarted Triton is not used"
-        resident.append(("after", resident_mib(pid)))
-    return outcomes, resident
+        end = time.monotonic() + seconds
+
+        async def one_client() -> None:
+            while time.monotonic() < end:
+                turn = next(turns)
+                try:
+                    response = await post(client, pairs[turn])
+                except httpx.TransportError as error:
+                    away = isinstance(error, httpx.ConnectError) and not service.up
+                    outcomes[AWAY if away else repr(error)] += 1
+                    await asyncio.sleep(0.2)
+                else:
+                    outcomes[outcome(response, expected[turn])] += 1
+                    await asyncio.sleep(float(response.headers.get("retry-after", 0)))
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(clients):
+                tasks.create_task(one_client())
+            tasks.create_task(drill(seconds / 10, tritons, service))
+    return outcomes
 
 
-async def one_client(
-    client: httpx.AsyncClient,
-    pairs: list[dict[str, bytes]],
-    expected: list[npt.NDArray[np.float32]],
-    turns: "itertools.cycle[int]",
-    outcomes: Counter[str],
-    end: float,
-) -> None:
-    """Post one pair after the other; wait as long as a refusal asks for."""
-    while time.monotonic() < end:
-        turn = next(turns)
-        try:
-            answer = await post(client, pairs[turn])
-        except httpx.TransportError as error:
-            outcomes[f"000 {type(error).__name__}"] += 1
-            continue
-        if answer.status_code == httpx.codes.OK:
-            distance = np.linalg.norm(read_flow(answer) - expected[turn], axis=2).mean()
-            outcomes["right flow" if distance <= TOLERANCE_PX else "200 with a wrong flow"] += 1
-        else:
-            cause = answer.json()["type"].rpartition(":")[2]
-            outcomes[f"{answer.status_code} {cause}"] += 1
-            await asyncio.sleep(float(answer.headers.get("retry-after", 0)))
+async def drill(step: float, tritons: list[Server], service: Server) -> None:
+    """Kill, stop, restart and fill up, one after the other in nine steps."""
+    first, second = tritons
+    await asyncio.sleep(step)
+    say(f"SIGKILL to {first.name}")
+    os.kill(await first.pid(), signal.SIGKILL)
+    await asyncio.sleep(2 * step)
+    say(f"SIGKILL to the stub of {second.name}")
+    psutil.Process(await second.pid()).children()[0].kill()
+    await asyncio.sleep(2 * step)
+    say(f"SIGSTOP to {first.name}")
+    stopped = await first.pid()
+    os.kill(stopped, signal.SIGSTOP)
+    await asyncio.sleep(step)
+    say(f"SIGCONT to {first.name}")
+    os.kill(stopped, signal.SIGCONT)
+    await asyncio.sleep(step)
+    say("SIGTERM to the gateway")
+    service.up = False
+    os.kill(await service.pid(), signal.SIGTERM)
+    await asyncio.sleep(step)
+    usage = shutil.disk_usage(FOLDER)
+    if usage.total > SMALL_BYTES:
+        say(f"{FOLDER} stays as it is: it is not the drill's own")
+        return
+    say(f"{FOLDER} full but for a MiB")
+    ballast = FOLDER / "ballast"
+    ballast.write_bytes(bytes(usage.free - 2**20))
+    await asyncio.sleep(step)
+    ballast.unlink()
+    say(f"{FOLDER} as before")
+
+
+async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
+    """What is wrong with the Tritons, or with the gateway's view of them, after a while."""
+    end = time.monotonic() + RECOVERY_SECONDS
+    faults = ["not asked"]
+    async with httpx.AsyncClient(base_url=url) as client:
+        while faults and time.monotonic() < end:
+            await asyncio.sleep(0.5)
+            faults = []
+            for address in addresses:
+                try:
+                    fault = Canary(address.host, address.http_port).fault()
+                except OSError as error:
+                    fault = str(error)
+                faults += [fault] if fault else []
+            if "flownet2_endpoints_serving 2.0" not in (await client.get("/metrics")).text:
+                faults.append("the gateway does not use both Tritons")
+    return faults
+
+
+def outcome(response: httpx.Response, expected: npt.NDArray[np.float32]) -> str:
+    """How a request ended."""
+    if response.status_code == httpx.codes.OK:
+        distance = np.linalg.norm(read_flow(response) - expected, axis=2).mean()
+        return RIGHT if distance <= TOLERANCE_PX else "a wrong flow"
+    if (
+        response.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        and "retry-after" in response.headers
+    ):
+        return REFUSED
+    return f"{response.status_code} {response.json()['type'].rpartition(':')[2]}"
 
 
 async def post(client: httpx.AsyncClient, pair: dict[str, bytes]) -> httpx.Response:
@@ -129,10 +228,10 @@ async def post(client: httpx.AsyncClient, pair: dict[str, bytes]) -> httpx.Respo
     return await client.post("/estimate_flow/", files=pair, headers={"Accept": "application/x-npy"})
 
 
-def read_flow(answer: httpx.Response) -> npt.NDArray[np.float32]:
-    """The flow in an answer, float32 [512, 512, 2]."""
-    answer.raise_for_status()
-    flow: npt.NDArray[np.float32] = np.load(io.BytesIO(answer.content), allow_pickle=False)
+def read_flow(response: httpx.Response) -> npt.NDArray[np.float32]:
+    """The flow in a response, float32 [512, 512, 2]."""
+    response.raise_for_status()
+    flow: npt.NDArray[np.float32] = np.load(io.BytesIO(response.content), allow_pickle=False)
     return flow
 
 
@@ -149,10 +248,11 @@ def request(seed: int) -> dict[str, bytes]:
     return form
 
 
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def memory(service: Server) -> tuple[str, str]:
+    """MiB that the gateway holds, and those used in /dev/shm."""
+    assert service.child
+    resident = psutil.Process(service.child.pid).memory_info().rss
+    return f"{resident / 2**20:.0f}", f"{shutil.disk_usage(FOLDER).used / 2**20:.0f}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 
 from export.half import is_half, to_half
+from flownet2 import contract
 
 TEMPLATE = Path(__file__).parents[1] / "model_repository" / "flownet2"
 CONFIGURATIONS = ("config.pbtxt", "configs/onnx.pbtxt", "configs/tensorrt.pbtxt")
@@ -44,6 +45,7 @@ def write_model(
         _copy(TEMPLATE / configuration, folder / configuration)
     for module in CPU_BACKEND.glob("[!_]*.py"):
         _copy(module, version / module.name)
+    _copy(Path(contract.__file__), version / "flownet2" / "contract.py")
     with replacing(version / DESCRIPTION) as new:
         new.write_text(as_parameters(description), encoding="utf-8")
     with replacing(version / HALF_MODEL) as new:

@@ -1,7 +1,7 @@
 """Triton Python-backend model: runs the ``model.onnx`` beside it on the CPU.
 
-The exporter copies the modules of this folder to ``<model>/1/``, so they import nothing else of the
-project.
+The exporter copies the modules of this folder to ``<model>/1/``, and ``flownet2/contract.py``: they
+import nothing else of the project.
 
 Engine, chosen in :class:`Engine` and nowhere else: OpenVINO, which ran the networks faster than
 ONNX Runtime did on every CPU that was measured (``make bench`` repeats it). Where the CPU
@@ -11,6 +11,7 @@ that carries flow stays float32, see :func:`cast_to_bfloat16`. Elsewhere everyth
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import sys
@@ -26,6 +27,8 @@ import onnx  # noqa: E402
 import onnx.inliner  # noqa: E402
 import openvino  # noqa: E402
 
+from flownet2.contract import FLOW_OUTPUT, GRID, IMAGE_INPUTS, MINIMUM_SIDE, adapted  # noqa: E402
+
 from .bfloat16 import cast_to_bfloat16  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
@@ -34,8 +37,15 @@ with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
 Images = npt.NDArray[np.uint8]
 Flow = npt.NDArray[np.float32]
 
-MINIMUM_SIZE = 16
-USUAL_SHAPE = (1, 512, 512, 3)  # what the gateway's default path asks for
+Shape = tuple[int, ...]
+
+USUAL_SHAPE = (1, *GRID, 3)  # what the gateway's default path asks for
+# OpenVINO 2026.4.1 on a Xeon with AMX, bfloat16, images at most 64 wide and thousands high (black
+# from 64x12288, with texture from 64x8192): flow of 1e28, or not finite, or another at each call.
+# The deepest features are then one column wide. Right are float32, bfloat16 from 128 wide, and wide
+# images 64 high. Which convolution is the first to be wrong is not known: a report upstream needs
+# that, and a CPU with AMX to find it.
+BFLOAT16_WIDTH = 128
 
 
 class Engine:
@@ -53,32 +63,42 @@ class Engine:
             precision: "bf16" or "f32" instead of what suits this CPU.
         """
         self.precision = precision or ("bf16" if has_bfloat16() else "f32")
-        core = openvino.Core()
-        # OpenVINO knows neither our op nor model-local functions: put the function's body in place.
-        inlined = onnx.inliner.inline_local_functions(onnx.load(path))
-        model = core.read_model(inlined.SerializeToString())
-        del inlined
-        if self.precision == "bf16":
-            cast_to_bfloat16(model)
-        self._any_shape = _compile(core, model)
+        self._path = path
+        model = _read(path, self.precision)
+        self._any_shape = _compile(model)
         # A graph for one shape is planned ahead, which saves about a tenth on the usual one.
-        model.reshape({name: list(USUAL_SHAPE) for name in ("image1", "image2")})
+        model.reshape({name: list(USUAL_SHAPE) for name in IMAGE_INPUTS})
         remove_idle_resizes(model)
-        self._usual_shape = _compile(core, model)
+        self._usual_shape = _compile(model)
 
     def __call__(self, image1: Images, image2: Images) -> Flow:
         """Flow from ``image1`` to ``image2``.
+
+        The pairs of a batch run one after the other: together they take longer, and more memory.
 
         Args:
             image1, image2: ``[N, H, W, 3]``, RGB.
 
         Returns:
-            ``[N, H, W, 2]`` in pixels, valid until the next call.
+            ``[N, H, W, 2]`` in pixels.
         """
-        request = self._usual_shape if image1.shape == USUAL_SHAPE else self._any_shape
-        images = {"image1": image1, "image2": image2}
-        flow: Flow = request.infer(images, share_inputs=True, share_outputs=True)[0]
+        request = self._request((1, *image1.shape[1:]))
+        flow = np.empty((*image1.shape[:3], 2), np.float32)
+        for one, other, result in zip(image1, image2, flow, strict=True):
+            images = dict(zip(IMAGE_INPUTS, (one[None], other[None]), strict=True))
+            result[...] = request.infer(images, share_inputs=True, share_outputs=True)[0]
         return flow
+
+    def _request(self, shape: Shape) -> openvino.InferRequest:
+        if shape == USUAL_SHAPE:
+            return self._usual_shape
+        if self.precision == "bf16" and adapted(shape[2]) < BFLOAT16_WIDTH:
+            return self._narrow
+        return self._any_shape
+
+    @functools.cached_property
+    def _narrow(self) -> openvino.InferRequest:
+        return _compile(_read(self._path, "f32"))
 
 
 def has_bfloat16() -> bool:
@@ -96,8 +116,17 @@ def available_cores() -> int:
     return max(cores, 1)
 
 
-def _compile(core: openvino.Core, model: openvino.Model) -> openvino.InferRequest:
-    return core.compile_model(
+def _read(path: Path, precision: str) -> openvino.Model:
+    # OpenVINO knows neither our op nor model-local functions: put the function's body in place.
+    inlined = onnx.inliner.inline_local_functions(onnx.load(path))
+    model = openvino.Core().read_model(inlined.SerializeToString())
+    if precision == "bf16":
+        cast_to_bfloat16(model)
+    return model
+
+
+def _compile(model: openvino.Model) -> openvino.InferRequest:
+    return openvino.compile_model(
         model,
         "CPU",
         {
@@ -169,7 +198,7 @@ class TritonPythonModel:
         for index, request in enumerate(requests):
             image1, image2 = (
                 np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name))
-                for name in ("image1", "image2")
+                for name in IMAGE_INPUTS
             )
             problem = _problem(image1, image2)
             if request.is_cancelled():
@@ -200,7 +229,7 @@ class TritonPythonModel:
         for index, image1, _ in accepted:
             part = flow[first : first + len(image1)]
             responses[index] = pb_utils.InferenceResponse(
-                [pb_utils.Tensor.from_dlpack("flow", Lent(part))]
+                [pb_utils.Tensor.from_dlpack(FLOW_OUTPUT, Lent(part))]
             )
             first += len(image1)
 
@@ -212,8 +241,8 @@ def _joined(images: list[Images]) -> Images:
 def _problem(image1: Images, image2: Images) -> str | None:
     if image1.shape != image2.shape:
         return f"image1 and image2 differ in size: {_size(image1)} and {_size(image2)}"
-    if min(image1.shape[1:3]) < MINIMUM_SIZE:
-        return f"images of {_size(image1)} are too small: {MINIMUM_SIZE}x{MINIMUM_SIZE} at least"
+    if min(image1.shape[1:3]) < MINIMUM_SIDE:
+        return f"images of {_size(image1)} are too small: {MINIMUM_SIDE}x{MINIMUM_SIDE} at least"
     return None
 
 

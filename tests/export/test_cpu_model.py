@@ -1,5 +1,6 @@
 """The CPU model: its engine against ONNX Runtime, and itself inside a real Triton."""
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
 from launch import triton
+from tests.support.exported import Exported
 
 # C, a warp, S: every kind of part that the big networks repeat.
 NETWORK = NETWORKS["FlowNet2-cs"]
@@ -122,6 +124,42 @@ def test_bfloat16_engine_stays_close(
     want = expected(reference, images)
     error = end_point_error(engine_bf16(*images), want).mean()
     assert 0 < error < 0.02 * np.linalg.norm(want, axis=-1).mean()
+
+
+def test_narrow_images_run_in_float32(engine_f32: Engine, engine_bf16: Engine) -> None:
+    """Where OpenVINO is wrong in bfloat16. (Its weights are rounded on every CPU.)"""
+    narrow, wide = pair(128, 64), pair(64, 128)
+    np.testing.assert_array_equal(engine_bf16(*narrow), engine_f32(*narrow))
+    assert np.abs(engine_bf16(*wide) - engine_f32(*wide)).max() > 1e-3
+
+
+SWEEP = [
+    *itertools.product((16, 64, 100, 128, 192, 320, 512), repeat=2),
+    *((length, side) for length in (8192, 16384) for side in (16, 64, 128)),
+    *((side, length) for length in (8192, 16384) for side in (16, 64, 128)),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("precision", "limit"), [("f32", 1e-3), pytest.param("bf16", 0.02, marks=needs_bfloat16)]
+)
+def test_every_network_is_right_at_every_size(
+    exported: Exported, precision: str, limit: float
+) -> None:
+    """Against ONNX Runtime, which runs float32; twice, which must be the same."""
+    if exported.half:
+        pytest.skip("the CPU serves float32 files")
+    engine = Engine(exported.file, precision)
+    session = onnxruntime.InferenceSession(exported.file, providers=["CPUExecutionProvider"])
+    for size in SWEEP:
+        image1, image2 = pair(*size)
+        want = expected(session, (image1, image2))[0]
+        one, other = engine(np.repeat(image1, 2, 0), np.repeat(image2, 2, 0))
+        np.testing.assert_array_equal(one, other, err_msg=str(size))
+        error = end_point_error(one, want).mean() / np.linalg.norm(want, axis=-1).mean()
+        print(f"{exported.name} {precision} {size}: {error:.1e}")
+        assert error < limit, size
 
 
 @needs_bfloat16
