@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import openvino  # noqa: E402
 from flownet2.contract import FLOW_OUTPUT, GRID, IMAGE_INPUTS, MINIMUM_SIDE, adapted  # noqa: E402
 
 from .bfloat16 import cast_to_bfloat16  # noqa: E402
+from .shapes import guard, is_possible  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
     import triton_python_backend_utils as pb_utils
@@ -180,6 +182,7 @@ class TritonPythonModel:
 
     def initialize(self, arguments: dict[str, str]) -> None:
         """Load the network."""
+        guard(pb_utils.Tensor)
         folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.engine = Engine(folder / "model.onnx")
         pb_utils.Logger.log_info(
@@ -196,11 +199,8 @@ class TritonPythonModel:
         responses: list[Any] = [None] * len(requests)
         accepted: list[tuple[int, Images, Images]] = []
         for index, request in enumerate(requests):
-            image1, image2 = (
-                np.from_dlpack(pb_utils.get_input_tensor_by_name(request, name))
-                for name in IMAGE_INPUTS
-            )
-            problem = _problem(image1, image2)
+            tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in IMAGE_INPUTS]
+            problem = _problem(*(tensor.shape() for tensor in tensors))
             if request.is_cancelled():
                 responses[index] = _failure(
                     "cancelled by the client", pb_utils.TritonError.CANCELLED
@@ -208,6 +208,7 @@ class TritonPythonModel:
             elif problem:
                 responses[index] = _failure(problem, pb_utils.TritonError.INVALID_ARG)
             else:
+                image1, image2 = map(np.from_dlpack, tensors)
                 accepted.append((index, image1, image2))
         if accepted:
             self._run(accepted, responses)
@@ -219,7 +220,7 @@ class TritonPythonModel:
                 _joined([image1 for _, image1, _ in accepted]),
                 _joined([image2 for _, _, image2 in accepted]),
             )
-        except RuntimeError as error:  # OpenVINO's, such as no memory for images of that size
+        except (RuntimeError, MemoryError) as error:  # such as no memory for images of that size
             for index, _, _ in accepted:
                 responses[index] = _failure(
                     f"inference failed: {error}", pb_utils.TritonError.INTERNAL
@@ -238,16 +239,16 @@ def _joined(images: list[Images]) -> Images:
     return images[0] if len(images) == 1 else np.concatenate(images)
 
 
-def _problem(image1: Images, image2: Images) -> str | None:
-    if image1.shape != image2.shape:
-        return f"image1 and image2 differ in size: {_size(image1)} and {_size(image2)}"
-    if min(image1.shape[1:3]) < MINIMUM_SIDE:
-        return f"images of {_size(image1)} are too small: {MINIMUM_SIDE}x{MINIMUM_SIDE} at least"
-    return None
+def _problem(shape1: Sequence[int], shape2: Sequence[int]) -> str | None:
+    if shape1 != shape2:
+        return f"image1 and image2 differ in size: {_size(shape1)} and {_size(shape2)}"
+    if min(shape1[1:3]) < MINIMUM_SIDE:
+        return f"images of {_size(shape1)} are too small: {MINIMUM_SIDE}x{MINIMUM_SIDE} at least"
+    return None if is_possible(shape1) else f"images of {_size(shape1)} are too large"
 
 
-def _size(image: Images) -> str:
-    return f"{image.shape[2]}x{image.shape[1]}"
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[2]}x{shape[1]}"
 
 
 def _failure(message: str, code: Any) -> Any:

@@ -87,7 +87,7 @@ class FlowNet2(nn.Module):
     def normalise(self, image1: Tensor, image2: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 RGB ``[N, H, W, 3]`` to mean-free BGR ``[N, 3, H, W]``, 0..1 before the mean."""
         # To float before anything else: TensorRT takes uint8 as an input, and only casts it.
-        first, second = (x.float().flip(-1).permute(0, 3, 1, 2) / 255 for x in (image1, image2))
+        first, second = (x.float().permute(0, 3, 1, 2).flip(1) / 255 for x in (image1, image2))
         mean1, mean2 = self.mean1, self.mean2
         if self.pair_mean:
             mean1 = mean2 = torch.cat((first, second), dim=3).mean(dim=(2, 3), keepdim=True)

@@ -338,6 +338,30 @@ def test_images_off_the_contract_are_refused(
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 2**62, 4, 3), 0),
+        ((1, 2**61, 8, 3), 0),
+        ((1, 2**8, 2**56 + 1, 3), 3 * 2**8),
+        ((1, 0, 64, 3), 0),
+    ],
+)
+def test_shape_that_cannot_be_is_refused(
+    grpc_client: tritonclient.grpc.InferenceServerClient, shape: tuple[int, ...], size: int
+) -> None:
+    """Triton lets it pass where its number of bytes, modulo 2**64, is that of the content."""
+    inputs = []
+    for name in ("image1", "image2"):
+        inputs.append(tritonclient.grpc.InferInput(name, list(shape), "UINT8"))
+        inputs[-1]._raw_content = bytes(size)
+    with pytest.raises(tritonclient.grpc.InferenceServerException, match="are too") as refused:
+        grpc_client.infer("flownet2", inputs)
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+    images = pair(64, 64)
+    assert infer(grpc_client, tritonclient.grpc, images).shape == (1, 64, 64, 2)
+
+
 def test_bad_request_does_not_spoil_its_batch(
     grpc_client: tritonclient.grpc.InferenceServerClient,
 ) -> None:
