@@ -53,11 +53,11 @@ def guard(make_tensor: Callable[..., Any]) -> None:
     api.PyCapsule_New.restype = ctypes.py_object
     api.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-    numpy = importlib.import_module("numpy.core.multiarray")  # where pybind11 looks it up
+    numpy: Any = importlib.import_module("numpy.core.multiarray")  # where pybind11 looks it up
     original = numpy._ARRAY_API
     table = (ctypes.c_void_p * _ENTRIES)()
     ctypes.memmove(table, api.PyCapsule_GetPointer(original, None), ctypes.sizeof(table))
-    new_from_descr = _NewFromDescr(table[_NEW_FROM_DESCR])
+    new_from_descr = _NewFromDescr(table[_NEW_FROM_DESCR] or 0)
 
     def guarded(subtype: int, descr: int, nd: int, dims: Any, *rest: Any) -> Any:
         if not is_possible(dims[:nd]):
