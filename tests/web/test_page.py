@@ -93,6 +93,24 @@ def test_dropped_files(page: Page, gateway: Gateway, query: dict[str, str]) -> N
         assert read_at(page, x, y, "#images") == pytest.approx(expected, abs=0.006)
 
 
+def test_occluded_pixels(page: Page, gateway: Gateway) -> None:
+    drop(page, FILES)
+    wait_for_answer(page, "a_10.png")
+    page.get_by_label("Occluded pixels").check()
+    wait_for_answer(page, "direction=both")
+    answer = gateway.client.post(
+        "/estimate_flow/?size=native&direction=both",
+        files={"image1": FILES["a_10.png"], "image2": FILES["b_2.png"]},
+        headers={"Accept": "application/x-npz"},
+    ).raise_for_status()
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        mask, flow = arrays["occluded"], arrays["flow"]
+    hidden, seen = (np.argwhere(mask == value)[0] for value in (True, False))
+    for y, x in (hidden, seen):
+        assert read_at(page, x, y) == pytest.approx(flow[y, x], abs=0.006)
+        assert ("occluded" in page.locator("#readout").inner_text()) == mask[y, x]
+
+
 def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_path: Path) -> None:
     """Downloads and what the curl command writes are the API's bytes."""
     drop(page, FILES)
