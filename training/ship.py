@@ -12,7 +12,6 @@ import torch
 
 from export.networks import NETWORKS, FlowNet2
 from export.weights import save_weights
-from training.checkpoint import load_checkpoint
 from training.model import Trainee
 
 LICENSE = "GPL-3.0-or-later"
@@ -20,7 +19,7 @@ LICENSE = "GPL-3.0-or-later"
 
 def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     """The network of a run's last checkpoint, and one sentence on where it comes from."""
-    state = load_checkpoint(folder / "checkpoint")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     model = FlowNet2(NETWORKS[state["network"]])
     trainee = Trainee(model, state["blocks"])
     trainee.load_state_dict(state["trainee"])

@@ -11,8 +11,8 @@ The learning rate goes down to zero at the end of the budget, `--minutes` or `--
 again with the same arguments, a run goes on from its last checkpoint, to the step: model,
 optimizer, schedule, random states and scenes.
 
-The folder `--out` gets `checkpoint/` (pieces below 16 MB), `log.csv`, and, with `--validation`, a
-folder of pairs, `validation.csv`; where matplotlib is installed, `curve.png`.
+The folder `--out` gets `checkpoint.pt`, `log.csv`, and, with `--validation`, a folder of pairs,
+`validation.csv`; where matplotlib is installed, `curve.png`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import csv
 import ctypes
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from torch import nn
 from export.networks import NETWORKS, EncoderDecoder, FlowNet2
 from export.networks.operators import resample
 from flownet2.measures import end_point_error
-from training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from training.loss import LEVEL_WEIGHTS, endpoint_error, matching_loss, multiscale_loss
 from training.model import (
     Trainee,
@@ -123,6 +123,11 @@ class Trainer:
             self.families = sorted({pair.family for pair in pairs})
         self.model = FlowNet2(NETWORKS[arguments.network])
         self.blocks: list[str] = arguments.train or [list(self.model.blocks)[-1]]
+        if self.model.network.fusion or not set(self.blocks) <= set(self.model.blocks):
+            raise UnsupportedNetworkError(
+                f"{' and '.join(self.blocks)} of {arguments.network} cannot be trained: choose a "
+                "network without fusion, and some of its net1, net2, net3 or sd"
+            )
         self.random = torch.Generator().manual_seed(arguments.seed + (self.workers.rank << 16))
         self.step = 0
         self.elapsed = 0.0
@@ -131,8 +136,9 @@ class Trainer:
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.log: list[tuple[float, float]] = []
-        if has_checkpoint(self.out / "checkpoint"):
-            self.restore(load_checkpoint(self.out / "checkpoint"))
+        self.checkpoint_file = self.out / "checkpoint.pt"
+        if self.checkpoint_file.exists():
+            self.restore(torch.load(self.checkpoint_file, weights_only=True, map_location="cpu"))
         else:
             self.begin()
 
@@ -304,7 +310,9 @@ class Trainer:
     def checkpoint(self) -> None:
         state = self.state()
         if self.workers.first:
-            save_checkpoint(self.out / "checkpoint", state)
+            fresh = self.out / "checkpoint.new"
+            torch.save(state, fresh)
+            os.replace(fresh, self.checkpoint_file)
 
     # -- training ---------------------------------------------------------------------------
 

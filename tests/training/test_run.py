@@ -15,7 +15,6 @@ from export.networks.operators import correlation
 from export.weights import WeightsError, save_weights
 from flownet2.formats import write_flow
 from training import train
-from training.checkpoint import load_checkpoint, save_checkpoint
 from training.cost import cost_volume
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
 from training.model import (
@@ -190,6 +189,9 @@ def test_a_network_is_stacked_on_a_weights_file_which_stays(
         trainer(tmp_path / "CS", "--network", "FlowNet2-CS", "--from", str(stored))
     with pytest.raises(UnsupportedNetworkError, match="net1"):
         trainer(tmp_path / "none", "--network", "FlowNet2-cs")
+    for options in (("--network", "FlowNet2"), ("--train", "net2")):
+        with pytest.raises(UnsupportedNetworkError, match="cannot be trained"):
+            trainer(tmp_path / "none", *options)
 
 
 def test_a_cascade_is_tuned_end_to_end_from_later_files_first(
@@ -270,25 +272,3 @@ def test_a_refining_network_begins_with_the_flow_that_it_is_given() -> None:
     assert len(predictions) == 5
     for level, prediction in zip((6, 5, 4, 3, 2), predictions, strict=True):
         torch.testing.assert_close(prediction, avg_pool2d(flow, 2**level), atol=1e-5, rtol=0)
-
-
-def test_a_checkpoint_comes_in_pieces_and_of_its_own_network_only(
-    tmp_path: Path, trainer: MakeTrainer
-) -> None:
-    state = {
-        "network": "FlowNet2-s",
-        "blocks": [],
-        "workers": [],
-        "tensor": torch.arange(10_000_000, dtype=torch.float32),
-    }
-    save_checkpoint(tmp_path / "checkpoint", state)
-    sizes = [piece.stat().st_size for piece in (tmp_path / "checkpoint").iterdir()]
-    assert len(sizes) == 3
-    assert max(sizes) < 16_000_000
-    assert torch.equal(load_checkpoint(tmp_path / "checkpoint")["tensor"], state["tensor"])
-    # As an interruption in the middle of the next write leaves it.
-    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
-    (tmp_path / "checkpoint.new").mkdir()
-    assert torch.equal(load_checkpoint(tmp_path / "checkpoint")["tensor"], state["tensor"])
-    with pytest.raises(ResumeError, match="FlowNet2-s"):
-        trainer(tmp_path, "--network", "FlowNet2-c", "--steps", "1")
