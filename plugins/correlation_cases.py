@@ -110,15 +110,15 @@ def brute_force(case: Case, a: Array, b: Array) -> NDArray[np.float64]:
     One displacement and one kernel position after the other, each the mean of a product.
     """
     pad = ((0, 0), (0, 0), (case.pad, case.pad), (case.pad, case.pad))
-    a, b = (np.pad(image.astype(np.float64), pad) for image in (a, b))
+    a, b = (np.pad(maps.astype(np.float64), pad) for maps in (a, b))
     _, _, rows, columns = case.output_shape
     radius = case.max_displacement // case.stride2
     offsets = [step * case.stride2 for step in range(-radius, radius + 1)]
 
-    def patch(image: Array, top: int, left: int) -> Array:
+    def patch(maps: Array, top: int, left: int) -> Array:
         bottom = top + (rows - 1) * case.stride1 + 1
         right = left + (columns - 1) * case.stride1 + 1
-        return image[:, :, top : bottom : case.stride1, left : right : case.stride1]
+        return maps[:, :, top : bottom : case.stride1, left : right : case.stride1]
 
     output = np.zeros(case.output_shape)
     for channel, (dy, dx) in enumerate((dy, dx) for dy in offsets for dx in offsets):
