@@ -17,7 +17,7 @@ import torch
 from tritonclient import grpc
 
 from benchmarks.report import milliseconds, table
-from export.cpu.model import Engine, available_cores, has_bfloat16
+from export.cpu.engine import Engine, available_cores, has_bfloat16
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model

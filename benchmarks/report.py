@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.cpu.model import available_cores, has_bfloat16
+from export.cpu.engine import available_cores, has_bfloat16
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

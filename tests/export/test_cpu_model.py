@@ -18,8 +18,9 @@ import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
 
+from export.cpu import engine
 from export.cpu.bfloat16 import cast_to_bfloat16
-from export.cpu.model import Engine, available_cores, has_bfloat16
+from export.cpu.engine import Engine, available_cores, has_bfloat16
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
@@ -131,6 +132,23 @@ def test_narrow_images_run_in_float32(engine_f32: Engine, engine_bf16: Engine) -
     narrow, wide = pair(128, 64), pair(64, 128)
     np.testing.assert_array_equal(engine_bf16(*narrow), engine_f32(*narrow))
     assert np.abs(engine_bf16(*wide) - engine_f32(*wide)).max() > 1e-3
+
+
+def test_recurring_sizes_are_planned_within_the_memory(
+    onnx_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PIXEL_BYTES", 2**30 // 128**2 // 2)  # for two graphs of 128x128
+    made = Engine(onnx_file, "f32")
+    flows = {}
+    for size in ((64, 64), (128, 128), (64, 128)):
+        images = pair(*size)
+        flows[size] = made(*images)
+        for _ in range(3):
+            made(*images)
+        assert made._planning is not None
+        made._planning[1].result()
+        np.testing.assert_allclose(made(*images), flows[size], atol=1e-3)
+    assert list(made._planned) == [(1, 128, 128, 3), (1, 64, 128, 3)]
 
 
 SWEEP = [

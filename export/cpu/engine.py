@@ -1,0 +1,170 @@
+"""Runs an exported network on the CPU.
+
+By OpenVINO, which ran the networks faster than ONNX Runtime did on every CPU that was measured
+(``make bench`` repeats it). Where the CPU multiplies bfloat16 in hardware, the wide convolutions
+run in bfloat16, which halves the time. All that carries flow stays float32, see
+:func:`.bfloat16.cast_to_bfloat16`. Elsewhere everything is float32.
+"""
+
+import contextlib
+import functools
+import math
+import os
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.inliner
+import openvino
+
+from flownet2.contract import GRID, IMAGE_INPUTS, adapted
+
+from .bfloat16 import cast_to_bfloat16
+
+Images = npt.NDArray[np.uint8]
+Flow = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+
+USUAL_SHAPE: Shape = (1, *GRID, 3)  # what the gateway's default path asks for
+# OpenVINO 2026.4.1 on a Xeon with AMX, bfloat16, images at most 64 wide and thousands high (black
+# from 64x12288, with texture from 64x8192): flow of 1e28, or not finite, or another at each call.
+# The deepest features are then one column wide. Right are float32, bfloat16 from 128 wide, and wide
+# images 64 high. Which convolution is the first to be wrong is not known: a report upstream needs
+# that, and a CPU with AMX to find it.
+BFLOAT16_WIDTH = 128
+
+# A graph is planned, beside those that are in use, for a shape that was asked for so many times
+# among the last requests without one; those used least make room.
+RECURRING = 3
+RECENT = 32
+PLANNED_BYTES = 2**30
+PIXEL_BYTES = 180
+
+
+class Engine:
+    """A network, ready to run.
+
+    Attributes:
+        precision: "bf16" or "f32", that of the wide convolutions.
+    """
+
+    def __init__(self, path: Path, precision: str | None = None) -> None:
+        """Read and compile an exported network.
+
+        Args:
+            path: the exporter's ``model.onnx``.
+            precision: "bf16" or "f32" instead of what suits this CPU.
+        """
+        self.precision = precision or ("bf16" if has_bfloat16() else "f32")
+        self._path = path
+        self._model = _read(path, self.precision)
+        self._any_shape = _compile(self._model)
+        self._planned = OrderedDict({USUAL_SHAPE: self._plan(USUAL_SHAPE)})
+        self._planner = ThreadPoolExecutor(1)
+        self._planning: tuple[Shape, Future[openvino.InferRequest]] | None = None
+        self._recent: deque[Shape] = deque(maxlen=RECENT)
+
+    def __call__(self, image1: Images, image2: Images) -> Flow:
+        """Flow from ``image1`` to ``image2``.
+
+        The pairs of a batch run one after the other: together they take longer, and more memory.
+
+        Args:
+            image1, image2: ``[N, H, W, 3]``, RGB.
+
+        Returns:
+            ``[N, H, W, 2]`` in pixels.
+        """
+        request = self._request((1, *image1.shape[1:]))
+        flow = np.empty((*image1.shape[:3], 2), np.float32)
+        for one, other, result in zip(image1, image2, flow, strict=True):
+            images = dict(zip(IMAGE_INPUTS, (one[None], other[None]), strict=True))
+            result[...] = request.infer(images, share_inputs=True, share_outputs=True)[0]
+        return flow
+
+    def _request(self, shape: Shape) -> openvino.InferRequest:
+        if self.precision == "bf16" and adapted(shape[2]) < BFLOAT16_WIDTH:
+            return self._narrow
+        if self._planning and self._planning[1].done():
+            planned, future = self._planning
+            self._planning = None
+            if not future.exception():
+                self._planned[planned] = future.result()
+        if shape in self._planned:
+            self._planned.move_to_end(shape)
+            return self._planned[shape]
+        self._recent.append(shape)
+        recurs = self._recent.count(shape) >= RECURRING
+        if recurs and not self._planning and self._bytes(shape) <= PLANNED_BYTES:
+            self._recent.clear()
+            while sum(map(self._bytes, (*self._planned, shape))) > PLANNED_BYTES:
+                self._planned.popitem(last=False)
+            self._planning = shape, self._planner.submit(self._plan, shape)
+        return self._any_shape
+
+    def _plan(self, shape: Shape) -> openvino.InferRequest:
+        """A graph for one shape; it saves about a tenth of the time."""
+        model = self._model.clone()
+        model.reshape({name: list(shape) for name in IMAGE_INPUTS})
+        remove_idle_resizes(model)
+        return _compile(model)
+
+    def _bytes(self, shape: Shape) -> int:
+        """Memory of a graph for one shape: weights and features."""
+        return self._path.stat().st_size + PIXEL_BYTES * adapted(shape[1]) * adapted(shape[2])
+
+    @functools.cached_property
+    def _narrow(self) -> openvino.InferRequest:
+        return _compile(_read(self._path, "f32"))
+
+
+def has_bfloat16() -> bool:
+    """True where the CPU has bfloat16 arithmetic (OpenVINO would emulate it elsewhere)."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))  # ValueError: "max", no quota
+    return max(cores, 1)
+
+
+def _read(path: Path, precision: str) -> openvino.Model:
+    # OpenVINO knows neither our op nor model-local functions: put the function's body in place.
+    inlined = onnx.inliner.inline_local_functions(onnx.load(path))
+    model = openvino.Core().read_model(inlined.SerializeToString())
+    if precision == "bf16":
+        cast_to_bfloat16(model)
+    return model
+
+
+def _compile(model: openvino.Model) -> openvino.InferRequest:
+    return openvino.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": "f32",  # as the graph says, where it may be bfloat16
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(available_cores()),
+            "ENABLE_HYPER_THREADING": "NO",  # two threads share one core's multipliers
+            "ENABLE_CPU_PINNING": "NO",  # other processes share the machine
+        },
+    ).create_infer_request()
+
+
+def remove_idle_resizes(model: openvino.Model) -> None:
+    """Take out, in place, the resizing to multiples of 64 and back where sizes are that already."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Interpolate":
+            before, after = node.get_input_partial_shape(0), node.get_output_partial_shape(0)
+            if before.is_static and before == after:
+                for reader in node.output(0).get_target_inputs():
+                    reader.replace_source_output(node.input_value(0))
