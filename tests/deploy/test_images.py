@@ -71,7 +71,6 @@ class Store:
         self.environment = {
             **os.environ,
             "BUILDAH_ISOLATION": "chroot",
-            "STORAGE_DRIVER": "vfs",
             "BUILDAH_FORMAT": "docker",
         }
         storage = ["--root", str(folder / "root"), "--runroot", str(folder / "runroot")]
@@ -95,22 +94,22 @@ class Store:
         """Build a Dockerfile's target as it stands, and say how long that took."""
         begin = time.monotonic()
         options = ["--target", target] if target else []
-        options += ["--pull-never", "--tag", tag, "--file", str(file), *self.volumes]
+        # With the layers kept, stages that targets share are built once.
+        options += ["--layers", "--pull-never", "--tag", tag, "--file", str(file), *self.volumes]
         self.buildah("bud", *options, context)
         (image,) = json.loads(self.buildah("images", "--json", tag))
         print(f"{tag:40} {image['size']:>8}  built in {time.monotonic() - begin:4.0f} s")
 
-    def volume(self, name: str, owner: int) -> Path:
-        """A folder to mount that belongs to `owner`, and that others may write to."""
-        folder = self.folder / "volumes" / name
-        folder.mkdir(parents=True)
+    def volume(self, owner: int) -> Path:
+        """An empty folder to mount, which belongs to `owner`."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
         folder.chmod(0o1777)
         os.chown(folder, owner, owner)
         return folder
 
     @contextlib.contextmanager
     def run(self, image: str, *command: str, **options: Any) -> Iterator["Container"]:
-        """Run an image's command, or another one; stopped at the end if it still runs."""
+        """Run an image as `docker run` does; stopped at the end if it still runs."""
         container = Container(self, image, list(command), **options)
         try:
             yield container
@@ -137,7 +136,7 @@ class Container:
         self.root = Path(store.buildah("mount", self.name).strip())
         self.options = ["--cap-drop=all"]
         for target, source in {
-            "/tmp": store.volume(f"{self.name}-tmp", 65532),
+            "/tmp": store.volume(65532),
             **(volumes or {}),
         }.items():
             self.options += ["--volume", f"{source}:{target}"]
@@ -146,7 +145,7 @@ class Container:
         self.log = store.folder / f"{self.name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.words(command or [*(self.config["Entrypoint"] or []), *self.config["Cmd"]]),
+                self.words([*(self.config["Entrypoint"] or []), *(command or self.config["Cmd"])]),
                 env=store.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -261,6 +260,7 @@ def store() -> Iterator[Store]:
         for tag, target in BASES.items():
             made.build(tag, STANDINS / "Dockerfile", CONTEXT, target)
         made.build("flownet2-gateway", ROOT / "Dockerfile.gateway", ROOT)
+        made.build("flownet2-bulk", ROOT / "Dockerfile.gateway", ROOT, "bulk")
         made.build("flownet2-export", ROOT / "Dockerfile.triton", ROOT, "export")
         made.build("flownet2-triton", ROOT / "Dockerfile.triton", ROOT)
         made.build("flownet2", ROOT / "Dockerfile.triton", ROOT, "flownet2")
@@ -273,13 +273,13 @@ def store() -> Iterator[Store]:
 @pytest.fixture(scope="module")
 def models(store: Store) -> Path:
     """The volume of models, to which the export image has exported a second one."""
-    folder = store.volume("models", 1000)
+    folder = store.volume(1000)
     weights = ROOT / "weights" / "flownet2.safetensors"
     with safe_open(weights, framework="np") as file:
         network = file.metadata()["network"]
-    command = ["python", "-m", "export", "--network", network, "--weights", "/weights.safetensors"]
+    command = ["export", "--network", network, "--weights", "/weights/flownet2.safetensors"]
     command += ["--repository", "/models", "--name", "exported"]
-    volumes = {"/models": folder, "/weights.safetensors": weights}
+    volumes = {"/models": folder, "/weights": weights.parent}
     with store.run("flownet2-export", *command, volumes=volumes) as export:
         assert export.process.wait(600) == 0, export.log.read_text()
         assert export.written() == []
@@ -302,13 +302,31 @@ def assert_right_flow(url: str, model: str) -> None:
     assert error < np.linalg.norm(truth, axis=-1).mean() / 3
 
 
+def assert_shares_make_the_whole(store: Store, url: str) -> None:
+    """The job of deploy/kubernetes/bulk, with two shares of two folders."""
+    output = store.volume(65532)
+    volumes = {"/samples": ROOT / "samples", "/flow": output}
+    sources = [f"/samples/layers_{i}" for i in (0, 1)]
+    for index in range(2):
+        command = ["run", *sources, "-o", "/flow", "--shard", f"{index}/2", "--server", url]
+        with store.run("flownet2-bulk", *command, volumes=volumes) as share:
+            assert share.process.wait(300) == 0, share.log.read_text()
+            assert share.written() == []
+        assert len(list(output.rglob("*.flo"))) == index + 1
+    for index in range(2):
+        (flow,) = (output / f"layers_{index}").glob("*.flo")
+        truth = read_flow(ROOT / "samples" / f"layers_{index}" / "gt.flo")
+        error = np.linalg.norm(read_flow(flow) - truth, axis=-1).mean()
+        assert error < np.linalg.norm(truth, axis=-1).mean() / 3
+
+
 @pytest.mark.images
 def test_triton_and_the_gateway_serve(store: Store, models: Path) -> None:
     port, http, grpc, metrics = free_ports(4)
     inside = {"HOST": "127.0.0.1", "TRITON_HTTP_PORT": str(http), "TRITON_GRPC_PORT": str(grpc)}
     inside["TRITON_METRICS_PORT"] = str(metrics)
     outside = {"HOST": "127.0.0.1", "PORT": str(port), "TRITON_ENDPOINTS": f"127.0.0.1:{grpc}"}
-    volumes = {"/models": models, "/engines": store.volume("engines", 1000)}
+    volumes = {"/models": models, "/engines": store.volume(1000)}
     with (
         store.run("flownet2-triton", environment=inside, volumes=volumes) as triton,
         store.run("flownet2-gateway", environment=outside) as gateway,
@@ -320,6 +338,7 @@ def test_triton_and_the_gateway_serve(store: Store, models: Path) -> None:
         assert gateway.is_healthy()
         for model in ("flownet2", "exported"):
             assert_right_flow(url, model)
+        assert_shares_make_the_whole(store, f"grpc://127.0.0.1:{grpc}")
         for container in (gateway, triton):
             assert container.stop() == 0
             assert container.written() == []
