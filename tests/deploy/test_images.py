@@ -265,6 +265,7 @@ def store() -> Iterator[Store]:
         made.build("flownet2-triton", ROOT / "Dockerfile.triton", ROOT)
         made.build("flownet2", ROOT / "Dockerfile.triton", ROOT, "flownet2")
         yield made
+        made.buildah("rm", "--all")
 
 
 # Running ---------------------------------------------------------------------------------------
