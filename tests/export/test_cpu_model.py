@@ -13,7 +13,6 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
-import torch
 import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
@@ -21,14 +20,10 @@ from PIL import Image
 from export.cpu import engine
 from export.cpu.bfloat16 import cast_to_bfloat16
 from export.cpu.engine import Engine, available_cores, has_bfloat16
-from export.graph import export_onnx
-from export.networks import NETWORKS, FlowNet2
-from export.repository import write_model
-from launch import triton
+from export.shipped import write_shipped
 from tests.support.exported import Exported
+from tests.support.stack import Stack
 
-# C, a warp, S: every kind of part that the big networks repeat.
-NETWORK = NETWORKS["FlowNet2-cs"]
 # Sizes that need no, some and much padding to multiples of 64; landscape and portrait.
 SIZES = [(512, 512), (388, 584), (75, 100), (100, 75), (16, 16)]
 
@@ -40,28 +35,11 @@ Images = npt.NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with a small network of random weights that give flows of some pixels."""
-    model = FlowNet2(NETWORK)
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_(0, 0.02, generator=generator)
-            continue
-        transposed = "deconv" in name or "upflow" in name
-        inputs = parameter.shape[0] * 4 if transposed else parameter[0].numel()
-        gain = 1.4 if parameter.shape[1 if transposed else 0] > 2 else 0.7
-        parameter.data.normal_(0, gain / inputs**0.5, generator=generator)
-    model.mean1.fill_(0.43)
-    model.mean2.fill_(0.43)
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network that ships: C, a warp, S, every kind of part that the big networks repeat."""
     folder = tmp_path_factory.mktemp("repository")
-    write_model(folder, "flownet2", export_onnx(model), {"network": NETWORK.name})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def onnx_file(repository: Path) -> Path:
-    return repository / "flownet2" / "1" / "model.onnx"
+    write_shipped(folder)
+    return folder / "flownet2" / "1" / "model.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +159,7 @@ def test_every_network_is_right_at_every_size(
 
 
 @needs_bfloat16
-def test_only_wide_convolutions_are_narrowed(onnx_file: Path) -> None:
+def test_only_wide_convolutions_are_cast(onnx_file: Path) -> None:
     """Nothing that carries flow, coordinates or the cost volume may lose its mantissa."""
     inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
     model = openvino.Core().read_model(inlined.SerializeToString())
@@ -266,14 +244,9 @@ def test_threads_follow_affinity_and_quota(
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[triton.Triton]:
-    with triton.serve(repository) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def grpc_client(server: triton.Triton) -> Iterator[tritonclient.grpc.InferenceServerClient]:
-    with tritonclient.grpc.InferenceServerClient(server.address.grpc) as client:
+def grpc_client(stack: Stack) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    url = f"127.0.0.1:{stack.ports['TRITON_GRPC_PORT']}"
+    with tritonclient.grpc.InferenceServerClient(url) as client:
         yield client
 
 
@@ -301,10 +274,11 @@ def test_grpc_serves_numpy_arrays_at_their_own_size(
 
 
 def test_http_serves_what_grpc_serves(
-    server: triton.Triton, grpc_client: tritonclient.grpc.InferenceServerClient
+    stack: Stack, grpc_client: tritonclient.grpc.InferenceServerClient
 ) -> None:
     images = pair(75, 100, batch=2)
-    with tritonclient.http.InferenceServerClient(server.address.http) as client:
+    url = f"127.0.0.1:{stack.ports['TRITON_HTTP_PORT']}"
+    with tritonclient.http.InferenceServerClient(url) as client:
         over_http = infer(client, tritonclient.http, images)
     np.testing.assert_array_equal(over_http, infer(grpc_client, tritonclient.grpc, images))
 
@@ -394,11 +368,3 @@ def test_bad_request_does_not_spoil_its_batch(
     assert isinstance(refused.exception(), tritonclient.grpc.InferenceServerException)
     for flow in flows:
         np.testing.assert_allclose(flow, want, atol=1e-3 + 0.02 * np.abs(want).max())
-
-
-def test_server_uses_the_configuration_written(
-    grpc_client: tritonclient.grpc.InferenceServerClient,
-) -> None:
-    config = grpc_client.get_model_config("flownet2").config
-    assert config.max_batch_size == 8
-    assert config.parameters["network"].string_value == NETWORK.name
