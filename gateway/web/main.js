@@ -359,7 +359,7 @@ for (const control of all('#arrows, #occluded, #blend, input[name="second"]')) {
   control.addEventListener("input", showOptions);
 }
 $("occluded").addEventListener("change", ({ target }) => {
-  if (target.checked && !shown.answer.occluded && !live) run();
+  if (target.checked && !shown?.answer.occluded && !live) run();
 });
 showOptions(); // a browser that reloads a page keeps what was set
 
@@ -391,7 +391,8 @@ for (const input of all('input[name="language"]')) {
   input.addEventListener("change", () => shown && showCode(shown.asked));
 }
 $("copy").addEventListener("click", async () => {
-  await navigator.clipboard.writeText($("code").textContent);
+  getSelection().selectAllChildren($("code"));
+  document.execCommand("copy"); // navigator.clipboard is for https:// and localhost alone
   $("copy").textContent = "Copied";
   await pause(1.5);
   $("copy").textContent = "Copy";
