@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import accuracy, engines, web
+from benchmarks import accuracy, command, engines, web
 from benchmarks.perf_analyzer import CONCURRENCIES, ROUNDS, PerfAnalyzer, Unavailable
 from benchmarks.report import bypass_proxies, machine
 from export.repository import HALF_MODEL
@@ -54,6 +54,8 @@ def sections() -> Iterator[str]:
             errors = accuracy.compare(address, network, half)
             yield f"## Accuracy of the shipped {network}\n\n{errors}"
             yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
+            yield f"## The command, {network}, 512x512\n\n{command.throughput(address)}"
+            yield f"## The command's memory\n\n{command.memory(address)}"
             yield f"## The web layer under load\n\n{web.compare(address, LOAD_SECONDS)}"
 
 

@@ -57,38 +57,40 @@ class PerfAnalyzer:
         Args:
             rounds: requests of each client in a measurement; there are three at each concurrency.
         """
+        rows = []
+        for concurrency in concurrencies:
+            result = self.load(address, concurrency, rounds)
+            rows.append(
+                (
+                    str(concurrency),
+                    f"{result['Inferences/Second']:.2f}",
+                    *(f"{result[f'p{percentile} latency'] / 1e3:.0f}" for percentile in (50, 95)),
+                )
+            )
+        return table(("perf_analyzer, concurrency", "pairs/s", "p50 ms", "p95 ms"), rows)
+
+    def load(self, address: triton.Address, concurrency: int, rounds: int) -> dict[str, float]:
+        """One concurrency's figures by perf_analyzer's names, rates in 1/s and times in us."""
         with tempfile.TemporaryDirectory() as folder:
             data, results = Path(folder) / "pair.json", Path(folder) / "results.csv"
             data.write_text(json.dumps({"data": [sample_pair()]}), encoding="utf-8")
-            rows = []
-            for concurrency in concurrencies:
-                self._run(
-                    "-m", "flownet2",
-                    "-i", "grpc",
-                    "-u", address.grpc,
-                    "--input-data", str(data),
-                    "--shape", f"image1:{SIZE},{SIZE},3",
-                    "--shape", f"image2:{SIZE},{SIZE},3",
-                    "--concurrency-range", str(concurrency),
-                    "--measurement-mode", "count_windows",
-                    "--measurement-request-count", str(rounds * concurrency),
-                    "--stability-percentage", "999",  # what it measures, not until it likes it
-                    "--max-trials", "3",
-                    "-f", str(results),
-                )  # fmt: skip
-                with results.open(encoding="utf-8") as file:
-                    (result,) = csv.DictReader(file)
-                rows.append(
-                    (
-                        str(concurrency),
-                        f"{float(result['Inferences/Second']):.2f}",
-                        *(
-                            f"{float(result[f'p{percentile} latency']) / 1e3:.0f}"
-                            for percentile in (50, 95)
-                        ),
-                    )
-                )
-        return table(("perf_analyzer, concurrency", "pairs/s", "p50 ms", "p95 ms"), rows)
+            self._run(
+                "-m", "flownet2",
+                "-i", "grpc",
+                "-u", address.grpc,
+                "--input-data", str(data),
+                "--shape", f"image1:{SIZE},{SIZE},3",
+                "--shape", f"image2:{SIZE},{SIZE},3",
+                "--concurrency-range", str(concurrency),
+                "--measurement-mode", "count_windows",
+                "--measurement-request-count", str(rounds * concurrency),
+                "--stability-percentage", "999",  # what it measures, not until it likes it
+                "--max-trials", "3",
+                "-f", str(results),
+            )  # fmt: skip
+            with results.open(encoding="utf-8") as file:
+                (result,) = csv.DictReader(file)
+        return {name: float(value) for name, value in result.items()}
 
     def _run(self, *arguments: str) -> None:
         result = subprocess.run(  # noqa: S603
