@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import av
+import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -17,7 +18,9 @@ from playwright.sync_api import BrowserContext, Page, expect
 from flownet2.formats import colours
 from launch.triton import Triton
 from tests.support.gateway_stack import ROOT, Gateway, encoded, picture, run_gateway, wait_until
+from tests.support.stack import Stack
 
+SAMPLE = ROOT / "gateway" / "web" / "sample"
 PIXELS = [(0, 0), (63, 47), (17, 30), (40, 5)]
 FILES = {"b_2.png": encoded(picture(2)), "a_10.png": encoded(picture(1))}
 
@@ -77,6 +80,20 @@ def test_opens_on_a_result(page: Page) -> None:
         }"""
     )
     assert colours > 100
+
+
+def test_the_sample_is_what_the_shipped_weights_answer(stack: Stack) -> None:
+    files = {name: (SAMPLE / f"{name}.jpg").read_bytes() for name in ("image1", "image2")}
+    answer = httpx.post(
+        f"{stack.url}/estimate_flow/?size=native",
+        files=files,
+        headers={"Accept": "application/x-npy"},
+        timeout=60,
+    ).raise_for_status()
+    flow = np.load(io.BytesIO(answer.content))
+    with np.load(SAMPLE / "flow.npz") as arrays:
+        error = np.linalg.norm(arrays["flow"] - flow, axis=-1).mean()
+    assert error < 0.1, "run `python -m training.page samples/photo_0` beside `make serve`"
 
 
 @pytest.mark.parametrize("query", [{}, {"size": "512"}], ids=["native", "512"])
