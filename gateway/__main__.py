@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from gateway import logs
 from gateway.app import create_app
 from gateway.protocol import Protocol
-from gateway.settings import Settings
+from gateway.settings import MIB, Settings
 from gateway.state import State
 
 STALL_MS = 60_000
@@ -53,17 +53,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def limit_arenas() -> None:
+def tune_malloc() -> None:
     """Have glibc keep two heaps, not one of 64 MiB for each thread: what one thread has freed,
-    another can use, and the process needs half of the memory under load."""
-    m_arena_max = -8
+    another can use, and the process needs half of the memory under load. And have it keep the
+    megabytes that a request frees for the next one: a system's pages cost up to 20 ms a request."""
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(AttributeError):  # other C libraries
-        ctypes.CDLL(None).mallopt(m_arena_max, 2)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_arena_max, 2)
+        mallopt(m_trim_threshold, 128 * MIB)
+        mallopt(m_mmap_threshold, 32 * MIB)
 
 
 def main() -> int:
     """Run the gateway until a signal ends it; 2 when a setting cannot be used."""
-    limit_arenas()
+    tune_malloc()
     try:
         settings = Settings()
         logs.configure(settings.log_level)
