@@ -68,9 +68,9 @@ def test_parser_takes_every_network(
         ("image2", trt.uint8, (-1, -1, -1, 3)),
         ("flow", trt.float32, (-1, -1, -1, 2)),
     ]
-    # Types come from the file: only blocks and correlation are in half precision, not images,
-    # flow and what warps by it.
-    blocks = {trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY}
+    # Types come from the file: only blocks are in half precision, not images, flow, what warps by
+    # it, and the sums of the correlation.
+    blocks = {trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION}
     outside = {trt.LayerType.RESIZE, trt.LayerType.GRID_SAMPLE, trt.LayerType.REDUCE}
     for layer in layers(network):
         if layer.type in blocks:
@@ -82,8 +82,12 @@ def test_parser_takes_every_network(
     warps = refiners + 2 * exported.model.network.fusion
     assert types.count(trt.LayerType.GRID_SAMPLE) == warps
     # One matrix product for each of the 21 displacements in y: the function body is in use.
-    correlations = exported.model.network.cascade.count("C")
-    assert types.count(trt.LayerType.MATRIX_MULTIPLY) == 21 * correlations
+    products = [
+        layer.get_output(0).dtype
+        for layer in layers(network)
+        if layer.type == trt.LayerType.MATRIX_MULTIPLY and layer.name.startswith("Correlation/")
+    ]
+    assert products == [trt.float32] * 21 * exported.model.network.cascade.count("C")
 
 
 def test_builder_takes_every_network(exported: Exported, rtx: Rtx) -> None:
