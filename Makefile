@@ -43,7 +43,7 @@ up: ## the same service from docker-compose.yml: on the GPU where there is one
 
 weights: | $(BIN)/python ## download official weights (research only) and export them: make weights NETWORK=FlowNet2
 	$(PIP_INSTALL) -e '.[serve,export]'
-	$(BIN)/python -m export.weights.download --network $(NETWORK) --repository $(REPOSITORY)
+	$(BIN)/python -m export --network $(NETWORK) --weights official --repository $(REPOSITORY)
 
 model: $(VENV)/.serve ## put back the Triton model of the weights that ship
 	$(BIN)/python -m export.shipped --repository $(REPOSITORY)

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from export.engine.build import build_engine, import_tensorrt
 from export.engine.gpu import EngineError
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
+from export.networks.operators import correlation
 from export.repository import HALF_MODEL, write_model
 from flownet2.contract import FLOW_OUTPUT, GRID, IMAGE_INPUTS, MODEL_NAME
 from launch.triton import Address
@@ -88,12 +88,12 @@ def ways(
         return flow
 
     yield "eager fp32, correlation in standard operators", eager
-    for other, correlation in other_kernels().items():
-        with patch("export.networks.blocks.correlation", correlation):
-            yield f"eager fp32, {other}", eager
-    with patch("export.networks.blocks.correlation", correlation_with(kernel)):
-        model.half()
-        yield "eager fp16, our kernel", eager
+    for other, other_kernel in other_kernels().items():
+        compute_correlation(other_kernel)
+        yield f"eager fp32, {other}", eager
+    compute_correlation(correlation_with(kernel))
+    model.half()
+    yield "eager fp16, our kernel", eager
     model.cpu()
     if op_library:
         yield "ONNX Runtime fp16", onnx_runtime(folder, image1, image2, op_library)
@@ -103,14 +103,19 @@ def ways(
         print(f"no TensorRT: {error}", file=sys.stderr)
 
 
+def compute_correlation(kernel: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Have PyTorch compute FlowNetC's correlation on the GPU by a kernel."""
+    correlation.register_kernel("cuda", lambda a, b, *attributes: kernel(a, b))
+
+
 def correlation_with(kernel: Callable[[Case, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """FlowNetC's correlation by the compiled kernel."""
 
-    def correlation(a: Tensor, b: Tensor) -> Tensor:
+    def run(a: Tensor, b: Tensor) -> Tensor:
         n, c, height, width = a.shape
         return kernel(Case("FlowNetC", (n, c, height, width)), a.contiguous(), b.contiguous())
 
-    return correlation
+    return run
 
 
 def onnx_runtime(folder: Path, image1: Tensor, image2: Tensor, op_library: Path) -> Estimate:

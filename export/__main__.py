@@ -15,6 +15,8 @@ from export.half import to_half
 from export.repository import write_model
 from flownet2.contract import MODEL_NAME
 
+OFFICIAL = "official"
+
 # PyTorch is imported where it is used: where engines are built there is none.
 
 
@@ -62,7 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="FILE",
-        help="Caffe .caffemodel or .caffemodel.h5, NVIDIA .pth.tar, or our .safetensors",
+        help="Caffe .caffemodel or .caffemodel.h5, NVIDIA .pth.tar, or our .safetensors; "
+        f"`{OFFICIAL}`: those of the release, for research only, are downloaded",
+    )
+    parser.add_argument(
+        "--downloads",
+        type=Path,
+        default=Path("weights/official"),
+        metavar="DIR",
+        help="where downloads are kept (default: %(default)s)",
     )
     parser.add_argument("--repository", required=True, type=Path, metavar="DIR")
     parser.add_argument(
@@ -85,8 +95,13 @@ def _export(options: argparse.Namespace) -> int:
     if Path(options.name).name != options.name or options.name.startswith("."):
         print(f"error: --name {options.name!r} is not a folder name", file=sys.stderr)
         return 2
+    weights: Path = options.weights
     try:
-        model, file = load_weights(NETWORKS[options.network], options.weights)
+        if str(weights) == OFFICIAL:
+            from export.weights.download import official_weights  # noqa: PLC0415
+
+            weights = official_weights(options.network, options.downloads)
+        model, file = load_weights(NETWORKS[options.network], weights)
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -100,7 +115,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.precision == "fp16":
         proto = to_half(proto)
     folder = write_model(options.repository, options.name, proto, description)
-    print(f"{options.network} with {options.weights} -> {folder}")
+    print(f"{options.network} with {weights} -> {folder}")
     return 0
 
 

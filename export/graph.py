@@ -16,14 +16,35 @@ import onnx
 import torch
 import torch.fx.experimental._config as fx_config
 from onnx import helper
+from onnx.defs import OpSchema
+from onnxscript import values
 from torch import Tensor, nn
 from torch.export import Dim
 
 from export.networks import FlowNet2, Network
 from export.networks.operators import banded_correlation
+from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS
 
 DOMAIN = "flownet2"
 OPSET = 18
+_INTEGERS = ("pad", "kernel_size", "max_displacement", "stride1", "stride2")
+_TEXTS = ("plugin_version", "plugin_namespace")
+CORRELATION = values.Op(
+    values.Opset(DOMAIN, 1),
+    "Correlation",
+    OpSchema(
+        "Correlation",
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter("a", "T"), OpSchema.FormalParameter("b", "T")],
+        outputs=[OpSchema.FormalParameter("volume", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        attributes=[
+            *(OpSchema.Attribute(name, OpSchema.AttrType.INT, "") for name in _INTEGERS),
+            *(OpSchema.Attribute(name, OpSchema.AttrType.STRING, "") for name in _TEXTS),
+        ],
+    ),
+)
 # Sizes that tracing may assume: from two images and two tiles of 64 pixels up, for it could take
 # axes of size 1 for broadcast ones. The graph that comes out has no such limit.
 HEIGHT, WIDTH = Dim("height", min=65, max=16384), Dim("width", min=65, max=16384)
@@ -47,22 +68,16 @@ def network_graph(network: Network) -> onnx.ModelProto:
     return proto
 
 
-def export_onnx(model: FlowNet2, half: bool = False) -> onnx.ModelProto:
+def export_onnx(model: FlowNet2) -> onnx.ModelProto:
     """Export a network.
 
     Inputs ``image1``, ``image2``: uint8 ``[N, H, W, 3]`` RGB; output ``flow``: float32
-    ``[N, H, W, 2]``; N, H and W dynamic.
-
-    Args:
-        half: float16 weights and convolutions; images, flow and warping stay float32.
+    ``[N, H, W, 2]``; N, H and W dynamic. The metadata hold the ``network``, its ``width`` ("1" or
+    "3/8") and the ``precision`` "fp32".
     """
-    model = model.eval()
-    if half:
-        model = model.half()
-        model.mean1, model.mean2 = model.mean1.float(), model.mean2.float()
     images = tuple(torch.zeros(2, 130, 200, 3, dtype=torch.uint8) for _ in range(2))
     shape = {0: BATCH, 1: HEIGHT, 2: WIDTH}
-    proto = _export(model, images, (shape, shape), ["image1", "image2"], ["flow"])
+    proto = _export(model.eval(), images, (shape, shape), list(IMAGE_INPUTS), [FLOW_OUTPUT])
     for value in (*proto.graph.input, *proto.graph.output):
         for axis, name in enumerate(("batch", "height", "width")):
             value.type.tensor_type.shape.dim[axis].dim_param = name
@@ -70,9 +85,29 @@ def export_onnx(model: FlowNet2, half: bool = False) -> onnx.ModelProto:
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
     if nodes:
         attributes = {a.name: helper.get_attribute_value(a) for a in nodes[0].attribute}
-        proto.functions.append(correlation_function(attributes, half))
+        proto.functions.append(correlation_function(attributes))
+    network = model.network
+    metadata = {"network": network.name, "width": str(network.width), "precision": "fp32"}
+    helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto)
     return proto
+
+
+def _correlation_node(
+    a: Any, b: Any, pad: int, kernel_size: int, max_displacement: int, stride1: int, stride2: int
+) -> Any:
+    """``torch.ops.flownet2.correlation`` as a node; TensorRT finds its plugin by the last two."""
+    return CORRELATION(
+        a,
+        b,
+        pad=pad,
+        kernel_size=kernel_size,
+        max_displacement=max_displacement,
+        stride1=stride1,
+        stride2=stride2,
+        plugin_version="1",
+        plugin_namespace=DOMAIN,
+    )
 
 
 class _BandedCorrelation(nn.Module):
@@ -84,7 +119,7 @@ class _BandedCorrelation(nn.Module):
         return banded_correlation(a, b, **self.attributes)
 
 
-def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx.FunctionProto:
+def correlation_function(attributes: dict[str, Any]) -> onnx.FunctionProto:
     """``flownet2.Correlation`` in standard operators, for these values of its attributes.
 
     It is the PyTorch formulation itself, exported, so that there is one.
@@ -95,20 +130,19 @@ def correlation_function(attributes: dict[str, Any], half: bool = False) -> onnx
         "Correlation",
         ["a", "b"],
         ["volume"],
-        _correlation_nodes(numbers, half),
+        _correlation_nodes(numbers),
         [helper.make_opsetid("", OPSET)],
         attributes=list(attributes),
     )
 
 
 @functools.cache  # takes longer than a thin network
-def _correlation_nodes(attributes: tuple[tuple[str, int], ...], half: bool) -> list[onnx.NodeProto]:
+def _correlation_nodes(attributes: tuple[tuple[str, int], ...]) -> list[onnx.NodeProto]:
     numbers = dict(attributes)
-    dtype = torch.float16 if half else torch.float32
     # Features must be larger than the border that the output lacks.
     border = numbers["max_displacement"] + numbers["kernel_size"] // 2 - numbers["pad"]
     least = 2 + 2 * max(border, 0)
-    features = tuple(torch.zeros(2, 8, least + 22, least + 38, dtype=dtype) for _ in range(2))
+    features = tuple(torch.zeros(2, 8, least + 22, least + 38) for _ in range(2))
     shape = {
         0: BATCH,
         1: Dim("channels", min=2, max=4096),
@@ -148,6 +182,7 @@ def _export(
             opset_version=OPSET,
             input_names=input_names,
             output_names=output_names,
+            custom_translation_table={torch.ops.flownet2.correlation.default: _correlation_node},
             verbose=False,
         )
     assert exported is not None

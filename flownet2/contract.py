@@ -22,4 +22,4 @@ GRID = (512, 512)
 
 def adapted(side: int) -> int:
     """The side, in pixels, at which the network computes an image side: the next multiple of 64."""
-    return -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE
+    return (side + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE

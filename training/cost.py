@@ -50,7 +50,7 @@ class _Cut(torch.autograd.Function):
 
 
 def cost_volume(a: Tensor, b: Tensor) -> Tensor:
-    """`export.networks.operators.correlation` with its default attributes, for even H and W.
+    """`export.networks.operators.correlation` as FlowNetC uses it, for even H and W.
 
     a, b [N, C, H, W] to [N, 441, H, W], channels last in memory.
     """

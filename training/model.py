@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.networks import (
-    FLOW_SCALE,
     NETWORKS,
-    SD_FLOW_SCALE,
     Conv,
     EncoderDecoder,
     FlowNet2,
     FlowNetC,
+    flow_scale,
 )
-from export.networks.operators import upsample_aligned
 from training.cost import RADIUS, cost_volume
 
 FLOW_CHANNELS = (9, 10)  # of a refining S's inputs
@@ -70,7 +68,7 @@ class Trainee(nn.Module):
             block.requires_grad_(name in blocks)
         first = model.blocks["net1"] if "net1" in blocks else None
         self.matcher = TrainingC(first) if isinstance(first, FlowNetC) else None
-        self.scale = SD_FLOW_SCALE if "sd" in blocks else FLOW_SCALE
+        self.scale = flow_scale(self.blocks[-1])
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters in training, by name."""
@@ -94,23 +92,17 @@ class Trainee(nn.Module):
         first, second = images
         predictions: list[list[Tensor]] = []
         cost = None
+        flows: dict[str, Tensor] = {}
         for name in self.names:
             if name == "net1" and self.matcher is not None:
                 features, cost = self.matcher.features(images)
                 levels = self.matcher.decode(features, cost)
-            elif name == "net1" and self.model.network.cascade[0] == "C":
-                levels = self.model.blocks[name](first, second)
             else:
-                inputs = torch.cat((first, second), 1)
-                if name not in ("net1", "sd"):
-                    flow = upsample_aligned(levels[-1].float() * FLOW_SCALE)
-                    if flow.requires_grad:
-                        # Where a pixel is matched exactly, the norm of its difference has no slope.
-                        flow.register_hook(finite)
-                    inputs = self.model.refiner_inputs(first, second, flow)
+                inputs = self.model.inputs(name, first, second, flows)
                 levels = self.model.blocks[name](
-                    inputs.contiguous(memory_format=torch.channels_last)
+                    *(x.contiguous(memory_format=torch.channels_last) for x in inputs)
                 )
+            flows[name] = levels[-1].float() * flow_scale(name)
             if name in self.blocks:
                 predictions.append(levels)
         return predictions, cost
@@ -118,11 +110,6 @@ class Trainee(nn.Module):
     def means(self) -> Tensor:
         """What is subtracted from the images: [2, 1, 3, 1, 1]."""
         return torch.stack((self.model.mean1, self.model.mean2))[:, None]
-
-
-def finite(gradient: Tensor) -> Tensor:
-    """`gradient` with zero where it is not finite."""
-    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def displacement_basis() -> Tensor:

@@ -6,15 +6,14 @@ and how wide they are.
 
 from export.networks.blocks import Conv, EncoderDecoder, FlowNetC
 from export.networks.catalogue import NETWORKS, Network
-from export.networks.flownet2 import FLOW_SCALE, SD_FLOW_SCALE, FlowNet2
+from export.networks.flownet2 import FlowNet2, flow_scale
 
 __all__ = [
-    "FLOW_SCALE",
     "NETWORKS",
-    "SD_FLOW_SCALE",
     "Conv",
     "EncoderDecoder",
     "FlowNet2",
     "FlowNetC",
     "Network",
+    "flow_scale",
 ]

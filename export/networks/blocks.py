@@ -176,6 +176,15 @@ class EncoderDecoder(nn.Module):
         return flows
 
 
+CORRELATION = {
+    "pad": 20,
+    "kernel_size": 1,
+    "max_displacement": 20,
+    "stride1": 1,
+    "stride2": 2,
+}
+
+
 class FlowNetC(nn.Module):
     """FlowNetCorr: features of each image, compared by correlation.
 
@@ -191,7 +200,7 @@ class FlowNetC(nn.Module):
 
     def forward(self, image1: Tensor, image2: Tensor) -> list[Tensor]:
         features1, features2 = self.stem(image1), self.stem(image2)
-        cost = F.leaky_relu(correlation(features1["conv3"], features2["conv3"]), 0.1)
+        cost = F.leaky_relu(correlation(features1["conv3"], features2["conv3"], **CORRELATION), 0.1)
         joined = torch.cat((self.conv_redir(features1["conv3"]), cost), dim=1)
         flows: list[Tensor] = self.decoder(features1 | self.tail(joined))
         return flows

@@ -1,5 +1,7 @@
 """A whole network, with the Caffe release's semantics."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from export.networks.operators import (
     upsample_nearest,
     warp,
 )
-from flownet2.contract import SIZE_MULTIPLE
+from flownet2.contract import MINIMUM_SIDE, SIZE_MULTIPLE, adapted
 
 FLOW_SCALE = 20.0  # C and S predict flow / 20
 SD_FLOW_SCALE = 0.05  # SD predicts flow * 20
@@ -71,17 +73,19 @@ class FlowNet2(nn.Module):
     def forward(self, image1: Tensor, image2: Tensor) -> Tensor:
         """``image1``, ``image2``: uint8 ``[N, H, W, 3]``, RGB. Returns float32 ``[N, H, W, 2]``."""
         height, width = image1.shape[1:3]
-        adapted_height = (height + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE
-        adapted_width = (width + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE
-        first, second = self.normalise(image1, image2)
-        flow = self.estimate(
-            resample(first, adapted_height, adapted_width),
-            resample(second, adapted_height, adapted_width),
-        )
-        flow = resample(flow, height, width)
-        scale = torch.stack(
-            (torch.tensor(width / adapted_width), torch.tensor(height / adapted_height))
-        )
+        size = adapted(height), adapted(width)
+        first, second = (resample(x, *size) for x in self.normalise(image1, image2))
+        # With half-precision weights only the blocks run in half precision: images, flow and what
+        # warps by it stay float32, whose coordinates half precision could not tell apart.
+        dtype = next(self.parameters()).dtype
+        flows: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            inputs = (x.to(dtype) for x in self.inputs(name, first, second, flows))
+            flow = flows[name] = block(*inputs)[-1].float() * flow_scale(name)
+        # From a quarter, the flow grows to any size; Fusion's, of the adapted size, shrinks.
+        shrink = SIZE_MULTIPLE // MINIMUM_SIDE if self.network.fusion else 1
+        flow = resample(flow, height, width, shrink)
+        scale = torch.stack((torch.tensor(width / size[1]), torch.tensor(height / size[0])))
         return flow.permute(0, 2, 3, 1) * scale.to(flow)
 
     def normalise(self, image1: Tensor, image2: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,46 +97,44 @@ class FlowNet2(nn.Module):
             mean1 = mean2 = torch.cat((first, second), dim=3).mean(dim=(2, 3), keepdim=True)
         return first - mean1, second - mean2
 
-    def predict(self, block: str, *inputs: Tensor) -> Tensor:
-        """The finest prediction of a block.
+    def inputs(
+        self, block: str, image1: Tensor, image2: Tensor, flows: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What a block reads.
 
-        With half-precision weights only the blocks run in half precision: images, flow and what
-        warps by it stay float32, whose coordinates half precision could not tell apart.
+        Args:
+            block: "net1", "net2", "net3", "sd" or "fusion".
+            image1, image2: mean-free ``[N, 3, H, W]``, H and W multiples of 64.
+            flows: what the blocks before it predict at their finest, ``[N, 2, H / 4, W / 4]`` in
+                pixels of the images.
+
+        Returns:
+            Two images for C, the 6 channels of both for a first S and SD, 12 channels for a
+            refining S, 11 for Fusion.
         """
-        dtype = next(self.parameters()).dtype
-        finest: Tensor = self.blocks[block](*(x.to(dtype) for x in inputs))[-1]
-        return finest.float()
-
-    def estimate(self, image1: Tensor, image2: Tensor) -> Tensor:
-        """Normalised images ``[N, 3, H, W]``, H and W multiples of 64, to flow ``[N, 2, H, W]``."""
-        pair = torch.cat((image1, image2), dim=1)
-        if self.network.cascade == ("SD",):
-            return resample(self.predict("sd", pair) * SD_FLOW_SCALE, *image1.shape[2:])
-
-        first = (image1, image2) if self.network.cascade[0] == "C" else (pair,)
-        prediction = self.predict("net1", *first)
-        for position in range(2, len(self.network.cascade) + 1):
-            flow = upsample_aligned(prediction * FLOW_SCALE)
-            prediction = self.predict(f"net{position}", self.refiner_inputs(image1, image2, flow))
-        if not self.network.fusion:
-            return resample(prediction * FLOW_SCALE, *image1.shape[2:])
-
-        flow = upsample_nearest(prediction * FLOW_SCALE)
-        flow_sd = upsample_nearest(self.predict("sd", pair) * SD_FLOW_SCALE)
-        fusion_inputs = (
-            image1,
-            flow_sd,
-            flow,
-            channel_norm(flow_sd),
-            channel_norm(flow),
-            channel_norm(image1 - warp(image2, flow_sd)),
-            channel_norm(image1 - warp(image2, flow)),
-        )
-        return self.predict("fusion", torch.cat(fusion_inputs, dim=1))
-
-    @staticmethod
-    def refiner_inputs(image1: Tensor, image2: Tensor, flow: Tensor) -> Tensor:
-        """The 12 channels that a refining S reads, from images and flow in pixels."""
+        if block == "net1" and self.network.cascade[0] == "C":
+            return image1, image2
+        if block in ("net1", "sd"):
+            return (torch.cat((image1, image2), dim=1),)
+        if block == "fusion":
+            flow_sd = upsample_nearest(flows["sd"])
+            flow = upsample_nearest(flows[f"net{len(self.network.cascade)}"])
+            fusion_inputs = (
+                image1,
+                flow_sd,
+                flow,
+                channel_norm(flow_sd),
+                channel_norm(flow),
+                channel_norm(image1 - warp(image2, flow_sd)),
+                channel_norm(image1 - warp(image2, flow)),
+            )
+            return (torch.cat(fusion_inputs, dim=1),)
+        flow = upsample_aligned(flows[f"net{int(block.removeprefix('net')) - 1}"])
         warped = warp(image2, flow)
         error = channel_norm(image1 - warped)
-        return torch.cat((image1, image2, warped, flow / FLOW_SCALE, error), dim=1)
+        return (torch.cat((image1, image2, warped, flow / FLOW_SCALE, error), dim=1),)
+
+
+def flow_scale(block: str) -> float:
+    """The pixels in a unit of a block's predictions."""
+    return {"sd": SD_FLOW_SCALE, "fusion": 1.0}.get(block, FLOW_SCALE)

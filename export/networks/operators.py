@@ -4,24 +4,30 @@ Shapes are PyTorch's: features and images ``[N, C, H, W]``, flow ``[N, 2, H, W]`
 right) before v (down), in pixels of the tensor it goes with.
 """
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+@torch.library.custom_op("flownet2::correlation", mutates_args=())
 def correlation(
     a: Tensor,
     b: Tensor,
-    pad: int = 20,
-    kernel_size: int = 1,
-    max_displacement: int = 20,
-    stride1: int = 1,
-    stride2: int = 2,
+    pad: int,
+    kernel_size: int,
+    max_displacement: int,
+    stride1: int,
+    stride2: int,
 ) -> Tensor:
     """Cost volume of two feature maps (Caffe layer ``Correlation``; FlowNet, section 3).
 
     Channel ``(dy_index * D + dx_index)`` with ``D = 2 * (max_displacement // stride2) + 1`` holds
     the mean over channels and kernel window of ``a(y, x) * b(y + dy, x + dx)``, zero outside.
+
+    ``correlation.register_kernel("cuda", kernel)`` gives a device another implementation.
 
     Args:
         a, b: ``[N, C, H, W]`` of one shape.
@@ -31,31 +37,37 @@ def correlation(
         ``[N, D * D, H', W']`` with
         ``H' = ceil((H + 2 pad - 2 (max_displacement + kernel_size // 2)) / stride1)``.
     """
-    height, width = a.shape[2:]
-    if torch.compiler.is_exporting():  # the node of our own op, in place of the arithmetic below
-        shrink = 2 * (max_displacement + kernel_size // 2 - pad)
-        return torch.onnx.ops.symbolic(
-            "flownet2::Correlation",
-            (a, b),
-            {
-                "pad": pad,
-                "kernel_size": kernel_size,
-                "max_displacement": max_displacement,
-                "stride1": stride1,
-                "stride2": stride2,
-                "plugin_version": "1",
-                "plugin_namespace": "flownet2",
-            },
-            dtype=a.dtype,
-            shape=(
-                a.shape[0],
-                (2 * (max_displacement // stride2) + 1) ** 2,
-                (height - shrink + stride1 - 1) // stride1,
-                (width - shrink + stride1 - 1) // stride1,
-            ),
-            version=1,
-        )
     return banded_correlation(a, b, pad, kernel_size, max_displacement, stride1, stride2)
+
+
+@correlation.register_fake
+def _shape(
+    a: Tensor,
+    b: Tensor,
+    pad: int,
+    kernel_size: int,
+    max_displacement: int,
+    stride1: int,
+    stride2: int,
+) -> Tensor:
+    border = 2 * (max_displacement + kernel_size // 2 - pad)
+    rows, columns = ((side - border + stride1 - 1) // stride1 for side in a.shape[2:])
+    return a.new_empty((a.shape[0], (2 * (max_displacement // stride2) + 1) ** 2, rows, columns))
+
+
+def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.attributes = inputs[2:]
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    features = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+    with torch.enable_grad():
+        volume = banded_correlation(*features, *ctx.attributes)
+    return (*torch.autograd.grad(volume, features, gradient), *(None for _ in ctx.attributes))
+
+
+correlation.register_autograd(_gradients, setup_context=_keep_arguments)
 
 
 def banded_correlation(
@@ -79,7 +91,8 @@ def banded_correlation(
     # `b` keeps that border (`reach` covers a max_displacement that stride2 does not divide).
     reach = radius * stride2
     border = pad - max_displacement
-    scale = a.shape[1] ** -0.5  # on both sides, so that half precision neither over- nor underflows
+    # On both sides, so that half precision neither overflows nor underflows.
+    scale = a.shape[1] ** -0.5
     a = F.pad(a * scale, (border,) * 4)
     b = F.pad(b * scale, (border + reach,) * 4)
     rows, columns = height + 2 * border, width + 2 * border
@@ -136,16 +149,42 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
 def channel_norm(x: Tensor) -> Tensor:
     """L2 norm over channels, ``[N, C, H, W]`` to ``[N, 1, H, W]`` (Caffe layer ``ChannelNorm``)."""
-    return x.square().sum(dim=1, keepdim=True).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norm
 
 
-def resample(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resize with half-pixel centres (Caffe layer ``Resample``, LINEAR).
+def resample(x: Tensor, height: int, width: int, shrink: int = 1) -> Tensor:
+    """Resize to `height` x `width` as Caffe's layer ``Resample`` does (LINEAR, antialias on).
 
-    That layer also swaps the axes' scales in its half-pixel offset and smooths where it shrinks;
-    neither is followed here, and neither shows at multiples of 64.
+    An output is the mean of the inputs around its place, weighted by a triangle as wide as a pixel
+    of the input, or where the image shrinks, of the output. As in Caffe, the half-pixel offset of
+    each axis is that of the other axis' factor. The arithmetic is in float32.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        shrink: how many times smaller an axis gets at most, rounded up; 1 if both grow.
     """
-    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+    rows, columns = (
+        torch.tensor(old / new, device=x.device)
+        for old, new in ((x.shape[2], height), (x.shape[3], width))
+    )
+    widened = torch.maximum(rows, columns) > 1
+    for axis, size, factor, other in ((2, height, rows, columns), (3, width, columns, rows)):
+        radius = torch.where(widened, factor, 1.0)
+        centre = torch.arange(size, device=x.device) * factor + (other / 2 - 0.5)
+        # All inputs nearer than the radius, [taps, size].
+        taps = torch.arange(1, 2 * shrink + 1, device=x.device)
+        index = torch.floor(centre - radius) + taps[:, None]
+        inside = (index >= 0) & (index < x.shape[axis])
+        weight = F.relu(1 - (index - centre).abs() / radius) * inside
+        weight = weight / weight.sum(dim=0).clamp(min=1e-30)
+        if axis == 2:
+            weight = weight[:, :, None]
+        index = index.clamp(0, x.shape[axis] - 1).long()
+        # A gather and a product for each tap: many times faster than one product of matrices.
+        terms = [x.index_select(axis, i) * w for i, w in zip(index, weight, strict=True)]
+        x = functools.reduce(torch.add, terms)
+    return x
 
 
 def upsample_aligned(x: Tensor) -> Tensor:

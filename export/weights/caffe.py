@@ -8,12 +8,37 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from export.networks import Network
 from export.weights.file import AUTHORS_LICENSE, Layer, WeightFile, WeightsError
+
+# The part of caffe.proto that holds weights. Packed floats and bytes look the same on the wire: as
+# bytes, NumPy reads them without a copy.
+SCHEMA = """
+name: "caffe.proto" package: "caffe"
+message_type { name: "BlobShape"
+  field { name: "dim" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "BlobProto"
+  field { name: "num" number: 1 type: TYPE_INT32 }
+  field { name: "channels" number: 2 type: TYPE_INT32 }
+  field { name: "height" number: 3 type: TYPE_INT32 }
+  field { name: "width" number: 4 type: TYPE_INT32 }
+  field { name: "data" number: 5 type: TYPE_BYTES }
+  field { name: "shape" number: 7 type_name: ".caffe.BlobShape" }
+  field { name: "double_data" number: 8 type: TYPE_BYTES } }
+message_type { name: "LayerParameter"
+  field { name: "name" number: 1 type: TYPE_STRING }
+  field { name: "blobs" number: 7 label: LABEL_REPEATED type_name: ".caffe.BlobProto" } }
+message_type { name: "V1LayerParameter"
+  field { name: "name" number: 4 type: TYPE_STRING }
+  field { name: "blobs" number: 6 label: LABEL_REPEATED type_name: ".caffe.BlobProto" } }
+message_type { name: "NetParameter"
+  field { name: "layers" number: 2 label: LABEL_REPEATED type_name: ".caffe.V1LayerParameter" }
+  field { name: "layer" number: 100 label: LABEL_REPEATED type_name: ".caffe.LayerParameter" } }
+"""
 
 CAFFE_PREFIX = {"net1": "", "net2": "net2_", "net3": "net3_", "sd": "netsd_", "fusion": "fuse_"}
 
@@ -56,7 +81,9 @@ def read_hdf5(path: Path) -> WeightFile:
 
 def read_caffemodel(path: Path) -> WeightFile:
     """Read a binary ``.caffemodel``."""
-    net = _caffe_message("NetParameter")()
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(SCHEMA, descriptor_pb2.FileDescriptorProto()))
+    net: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))()
     try:
         net.ParseFromString(path.read_bytes())
     except DecodeError as error:
@@ -107,49 +134,3 @@ def _from_caffe_blobs(path: Path, blobs: Mapping[str, list[NDArray[Any]]]) -> We
     return WeightFile(
         layers, caffe_names, path.name, AUTHORS_LICENSE, mean1=means[0], mean2=means[1]
     )
-
-
-def _caffe_message(name: str) -> Any:
-    """The part of caffe.proto that holds weights.
-
-    Packed floats and bytes look the same on the wire: as bytes, NumPy reads them without a copy.
-    """
-    pool = descriptor_pool.DescriptorPool()
-    file = descriptor_pb2.FileDescriptorProto(name="caffe.proto", package="caffe")
-    kind = descriptor_pb2.FieldDescriptorProto
-
-    def message(name: str, *fields: tuple[str, int, int, bool, str]) -> None:
-        descriptor = file.message_type.add(name=name)
-        for field_name, number, field_type, repeated, type_name in fields:
-            descriptor.field.add(
-                name=field_name,
-                number=number,
-                type=field_type,
-                label=kind.LABEL_REPEATED if repeated else kind.LABEL_OPTIONAL,
-                type_name=f".caffe.{type_name}" if type_name else None,
-            )
-
-    message("BlobShape", ("dim", 1, kind.TYPE_INT64, True, ""))
-    message(
-        "BlobProto",
-        *(
-            (axis, i, kind.TYPE_INT32, False, "")
-            for i, axis in enumerate(("num", "channels", "height", "width"), start=1)
-        ),
-        ("data", 5, kind.TYPE_BYTES, False, ""),
-        ("shape", 7, kind.TYPE_MESSAGE, False, "BlobShape"),
-        ("double_data", 8, kind.TYPE_BYTES, False, ""),
-    )
-    for layer, name_number, blobs_number in (("LayerParameter", 1, 7), ("V1LayerParameter", 4, 6)):
-        message(
-            layer,
-            ("name", name_number, kind.TYPE_STRING, False, ""),
-            ("blobs", blobs_number, kind.TYPE_MESSAGE, True, "BlobProto"),
-        )
-    message(
-        "NetParameter",
-        ("layers", 2, kind.TYPE_MESSAGE, True, "V1LayerParameter"),
-        ("layer", 100, kind.TYPE_MESSAGE, True, "LayerParameter"),
-    )
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}"))

@@ -13,6 +13,7 @@ from tritonclient import grpc
 
 from benchmarks import correlation as correlation_benchmark
 from benchmarks import gpu, perf_analyzer, report, samples, web
+from export.networks.blocks import CORRELATION
 from export.networks.operators import correlation
 from launch import triton
 from launch.ports import free_ports
@@ -133,7 +134,7 @@ def test_the_gpu_benchmark_gives_the_kernel_what_the_network_means() -> None:
         return torch.from_numpy(brute_force(case, a.numpy(), b.numpy())).to(a)
 
     a, b = torch.randn(2, 1, 4, 6, 9)
-    torch.testing.assert_close(gpu.correlation_with(kernel)(a, b), correlation(a, b))
+    torch.testing.assert_close(gpu.correlation_with(kernel)(a, b), correlation(a, b, **CORRELATION))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -4,6 +4,7 @@ Nothing of export/ is used: layers come from a table of their own, the custom la
 Weights are a dict from Caffe layer name to (weight, bias), as a ``.caffemodel.h5`` stores them.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,30 +128,53 @@ def correlate(a: Array, b: Array) -> Array:
 
 
 def warp(image: Array, flow: Array) -> Array:
-    """Caffe's FlowWarp, a pixel at a time."""
-    out = np.zeros_like(image)
+    """Caffe's FlowWarp: zero outside; right and lower neighbours are clamped."""
     n, _, height, width = image.shape
-    for i, y, x in np.ndindex(n, height, width):
-        x2, y2 = x + flow[i, 0, y, x], y + flow[i, 1, y, x]
-        if x2 < 0 or y2 < 0 or x2 >= width or y2 >= height:
-            continue
-        left, top = int(x2), int(y2)
-        right, bottom = min(left + 1, width - 1), min(top + 1, height - 1)
+    out = np.zeros_like(image)
+    for i in range(n):
+        x2, y2 = np.arange(width) + flow[i, 0], np.arange(height)[:, None] + flow[i, 1]
+        y, x = np.nonzero((x2 >= 0) & (y2 >= 0) & (x2 < width) & (y2 < height))
+        x2, y2 = x2[y, x], y2[y, x]
+        left, top = x2.astype(int), y2.astype(int)
+        right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
         p, q = x2 - left, y2 - top
-        out[i, :, y, x] = (1 - q) * (
-            (1 - p) * image[i, :, top, left] + p * image[i, :, top, right]
-        ) + q * ((1 - p) * image[i, :, bottom, left] + p * image[i, :, bottom, right])
+        out[i][:, y, x] = (1 - q) * (
+            (1 - p) * image[i][:, top, left] + p * image[i][:, top, right]
+        ) + q * ((1 - p) * image[i][:, bottom, left] + p * image[i][:, bottom, right])
     return out
 
 
-def resize(x: Array, height: int, width: int, aligned: bool = False) -> Array:
-    """Bilinear, half-pixel centres or corners aligned, one axis after the other."""
+def resample_weights(old: int, new: int, other_factor: float) -> Array:
+    """[new, old] weights of Caffe's Resample along one axis, a tap at a time."""
+    factor = old / new
+    widened = factor > 1 or other_factor > 1
+    reach = 2 if factor < 1 else math.ceil(2 * factor) if widened else 2
+    weights = np.zeros((new, old))
+    for out in range(new):
+        centre = out * factor + other_factor / 2 - 0.5
+        nearest = int(math.copysign(math.floor(abs(centre) + 0.5), centre))
+        for tap in range(max(nearest - reach, 0), min(nearest + reach, old - 1) + 1):
+            distance = abs(tap - centre)
+            weights[out, tap] = max(0.0, 1 - (distance / factor if widened else distance))
+        total = weights[out].sum()
+        if total > 0:
+            weights[out] /= total
+    return weights
+
+
+def resample(x: Array, height: int, width: int) -> Array:
+    """Caffe's Resample (LINEAR, antialias), which gives each axis the other's factor."""
+    old_height, old_width = x.shape[2:]
+    vertical = resample_weights(old_height, height, old_width / width)
+    horizontal = resample_weights(old_width, width, old_height / height)
+    return vertical @ x @ horizontal.T
+
+
+def upsample_aligned(x: Array, height: int, width: int) -> Array:
+    """Bilinear with corners aligned, one axis after the other."""
     for axis, size in ((2, height), (3, width)):
         old = x.shape[axis]
-        if aligned:
-            at = np.arange(size) * ((old - 1) / (size - 1)) if old > 1 else np.zeros(size)
-        else:
-            at = np.clip((np.arange(size) + 0.5) * (old / size) - 0.5, 0, old - 1)
+        at = np.arange(size) * ((old - 1) / (size - 1))
         low = np.floor(at).astype(int)
         high = np.minimum(low + 1, old - 1)
         share = (at - low).reshape([-1 if i == axis else 1 for i in range(4)])
@@ -230,7 +254,7 @@ def run(nets: list[str], blobs: Blobs, image1: Array, image2: Array) -> Array:
     height, width = image1.shape[1:3]
     big = [-(-size // 64) * 64 for size in (height, width)]
     first, second = (
-        resize(
+        resample(
             image[..., ::-1].transpose(0, 3, 1, 2) / 255.0
             - blobs[layer][2].astype(np.float64).reshape(1, 3, 1, 1),
             *big,
@@ -248,7 +272,7 @@ def run(nets: list[str], blobs: Blobs, image1: Array, image2: Array) -> Array:
         if prediction is None:
             prediction = _c(net, first, second) if kind == "c" else _s(net, kind, pair)
         else:
-            flow = resize(prediction * 20, *big, aligned=True)
+            flow = upsample_aligned(prediction * 20, *big)
             warped = warp(second, flow)
             prediction = _s(
                 net, kind, np.concatenate([pair, warped, flow / 20, norm(first - warped)], 1)
@@ -266,6 +290,6 @@ def run(nets: list[str], blobs: Blobs, image1: Array, image2: Array) -> Array:
         conv2 = net.conv("conv2_1", net.conv("conv2", conv1, 2))
         flow = net.decode("", conv2, {1: conv1, 0: conv0}, True)
     else:
-        flow = resize(prediction * 20 if prediction is not None else sd, *big)
+        flow = prediction * 20 if prediction is not None else sd
     scale = np.array([width / big[1], height / big[0]])
-    return resize(flow, height, width).transpose(0, 2, 3, 1) * scale
+    return resample(flow, height, width).transpose(0, 2, 3, 1) * scale

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from export.networks import NETWORKS, FlowNet2
+from export.networks.blocks import CORRELATION
 from export.networks.operators import correlation
 from export.weights import WeightsError, save_weights
 from flownet2.formats import write_flow
@@ -61,7 +62,7 @@ def test_the_cost_volume_is_the_exported_correlation_and_so_are_its_gradients() 
     a = torch.randn(2, 5, 6, 8, generator=random, requires_grad=True)
     b = torch.randn(2, 5, 6, 8, generator=random, requires_grad=True)
     weight = torch.randn(2, 441, 6, 8, generator=random)
-    fast, plain = cost_volume(a, b), correlation(a, b)
+    fast, plain = cost_volume(a, b), correlation(a, b, **CORRELATION)
     torch.testing.assert_close(fast, plain)
     gradients = torch.autograd.grad((fast * weight).sum(), (a, b))
     expected = torch.autograd.grad((plain * weight).sum(), (a, b))
