@@ -7,6 +7,7 @@ description, ``description.pbtxt``, which whoever serves the model adds to its c
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,8 @@ def write_model(
 
     Args:
         description: parameters of the served model, where the gateway's list of models finds them:
-            ``network``, ``parameters``, ``weights_source``, ``weights_license``.
+            ``network``, ``parameters``, ``weights_source``, ``weights_license``. With them goes
+            ``model_sha256``, of the network with its weights.
 
     Returns:
         The model's folder.
@@ -46,8 +48,10 @@ def write_model(
     for module in CPU_BACKEND.glob("[!_]*.py"):
         _copy(module, version / module.name)
     _copy(Path(contract.__file__), version / "flownet2" / "contract.py")
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
     with replacing(version / DESCRIPTION) as new:
-        new.write_text(as_parameters(description), encoding="utf-8")
+        text = as_parameters({**description, "model_sha256": digest})
+        new.write_text(text, encoding="utf-8")
     with replacing(version / HALF_MODEL) as new:
         onnx.save(model if is_half(model) else to_half(model), new)
     with replacing(version / MODEL) as new:

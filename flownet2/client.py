@@ -79,7 +79,7 @@ class Model:
     parameters: int | None = None
     weights_source: str | None = None
     weights_license: str | None = None
-    weights_sha256: str | None = None
+    model_sha256: str | None = None
     default: bool = False
 
     @classmethod

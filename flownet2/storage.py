@@ -3,8 +3,10 @@
 Paths are strings; one without a scheme is a plain path and needs no fsspec.
 """
 
+import contextlib
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,26 +25,26 @@ def read(path: str) -> bytes:
     """A file's content; OSError where it cannot be read."""
     if not is_url(path):
         return Path(path).read_bytes()
-    filesystem, name = _filesystem(path)
-    content: bytes = filesystem.cat_file(name)
-    return content
+    with _remote(path) as (filesystem, name):
+        content: bytes = filesystem.cat_file(name)
+        return content
 
 
 def open_file(path: str) -> IO[bytes]:
     """A file to read and seek in; OSError where there is none."""
     if not is_url(path):
         return Path(path).open("rb")
-    filesystem, name = _filesystem(path)
-    file: IO[bytes] = filesystem.open(name, "rb")
-    return file
+    with _remote(path) as (filesystem, name):
+        file: IO[bytes] = filesystem.open(name, "rb")
+        return file
 
 
 def write(path: str, content: bytes) -> None:
     """Put a file there, whole or not at all, with the folders that it needs."""
     if is_url(path):
-        filesystem, name = _filesystem(path)
-        filesystem.makedirs(filesystem._parent(name), exist_ok=True)
-        filesystem.pipe_file(name, content)
+        with _remote(path) as (filesystem, name):
+            filesystem.makedirs(filesystem._parent(name), exist_ok=True)
+            filesystem.pipe_file(name, content)
         return
     part = part_of(path)
     try:
@@ -50,6 +52,9 @@ def write(path: str, content: bytes) -> None:
     except FileNotFoundError:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(path)
 
 
@@ -62,8 +67,8 @@ def remove(path: str) -> None:
     """Remove a file, or a folder that is empty; nothing happens where there is none."""
     try:
         if is_url(path):
-            filesystem, name = _filesystem(path)
-            filesystem.rm(name)
+            with _remote(path) as (filesystem, name):
+                filesystem.rm(name)
         elif Path(path).is_dir():
             Path(path).rmdir()
         else:
@@ -78,8 +83,8 @@ def identity(path: str) -> dict[str, object] | None:
         if not is_url(path):
             status = os.stat(path)
             return {"size": status.st_size, "modified": status.st_mtime}
-        filesystem, name = _filesystem(path)
-        facts = filesystem.info(name)
+        with _remote(path) as (filesystem, name):
+            facts = filesystem.info(name)
     except FileNotFoundError:
         return None
     changed = {key: str(facts[key]) for key in ("ETag", "etag", "mtime", "created") if key in facts}
@@ -90,37 +95,38 @@ def is_folder(path: str) -> bool:
     """Whether there is a folder."""
     if not is_url(path):
         return Path(path).is_dir()
-    filesystem, name = _filesystem(path)
-    return bool(filesystem.isdir(name))
+    with _remote(path) as (filesystem, name):
+        return bool(filesystem.isdir(name))
 
 
 def files(folder: str) -> list[str]:
     """Paths of the files in a folder, without those of its folders."""
     if not is_url(folder):
         return [entry.path for entry in os.scandir(folder) if entry.is_file()]
-    filesystem, name = _filesystem(folder)
-    return [
-        filesystem.unstrip_protocol(entry["name"])
-        for entry in filesystem.ls(name, detail=True)
-        if entry["type"] == "file"
-    ]
+    with _remote(folder) as (filesystem, name):
+        return [
+            filesystem.unstrip_protocol(entry["name"])
+            for entry in filesystem.ls(name, detail=True)
+            if entry["type"] == "file"
+        ]
 
 
 def matching(pattern: str) -> list[str]:
     """Paths that a pattern with `*`, `?`, `[…]` or `**` matches."""
     if not is_url(pattern):
         return glob.glob(os.path.expanduser(pattern), recursive=True)
-    filesystem, name = _filesystem(pattern)
-    return [filesystem.unstrip_protocol(found) for found in filesystem.glob(name)]
+    with _remote(pattern) as (filesystem, name):
+        return [filesystem.unstrip_protocol(found) for found in filesystem.glob(name)]
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+@contextlib.contextmanager
+def _remote(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL and the path there; what its library raises becomes OSError."""
     import fsspec  # noqa: PLC0415  slow to import, and only needed here
 
     try:
-        filesystem, name = fsspec.core.url_to_fs(url)
-    except ImportError as error:  # s3fs, gcsfs, …: fsspec names the package
+        yield fsspec.core.url_to_fs(url)
+    except OSError:
+        raise
+    except Exception as error:  # of botocore, aiohttp, …, or a package that is not installed
         raise OSError(f"{url}: {error}") from error
-    except ValueError as error:
-        raise OSError(f"{url}: {error}") from error
-    return filesystem, name

@@ -76,7 +76,7 @@ class ContractBroken(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A model that an endpoint serves; the last four as its `parameters` in config.pbtxt say."""
+    """A model that an endpoint serves; the last five as its `parameters` in config.pbtxt say."""
 
     name: str
     version: str
@@ -84,6 +84,7 @@ class Model:
     parameters: int | None
     weights_source: str | None
     weights_license: str | None
+    model_sha256: str | None
 
 
 def classify(code: str, message: str) -> GatewayError | EndpointLost:
@@ -245,6 +246,7 @@ class Endpoint:
             int(count) if count.isdecimal() else None,
             facts.get("weights_source"),
             facts.get("weights_license"),
+            facts.get("model_sha256"),
         )
 
     def lose(self, error: str) -> None:

@@ -32,6 +32,7 @@ class ServedModel(BaseModel):
     parameters: int | None = Field(description="number of weights and biases")
     weights_source: str | None
     weights_license: str | None
+    model_sha256: str | None = Field(description="of the exported network with its weights")
     default: bool = Field(description="whether it answers requests without `?model=`")
 
 

@@ -195,6 +195,7 @@ class TestAnswers:
             "parameters": 162518850,
             "weights_source": "closed form",
             "weights_license": "GPL-3.0-or-later",
+            "model_sha256": None,
             "default": True,
         }
         assert models.keys() == {
