@@ -1,23 +1,23 @@
 """`python -m gateway`: the service, configured by environment variables (`gateway.settings`)."""
 
 import asyncio
-import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from pydantic import ValidationError
 
-from gateway import logs
+from gateway import logs, workers
 from gateway.app import create_app
 from gateway.protocol import Protocol
-from gateway.settings import MIB, Settings
+from gateway.settings import Settings
 from gateway.state import State
+from gateway.system import tune_malloc
 
 STALL_MS = 60_000
 """A client that acknowledges nothing for so long is cut off, and holds no response any more."""
@@ -53,18 +53,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def tune_malloc() -> None:
-    """Have glibc keep two heaps, not one of 64 MiB for each thread: what one thread has freed,
-    another can use, and the process needs half of the memory under load. And have it keep the
-    megabytes that a request frees for the next one: a system's pages cost up to 20 ms a request."""
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    with contextlib.suppress(AttributeError):  # other C libraries
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_arena_max, 2)
-        mallopt(m_trim_threshold, 128 * MIB)
-        mallopt(m_mmap_threshold, 32 * MIB)
-
-
 def main() -> int:
     """Run the gateway until a signal ends it; 2 when a setting cannot be used."""
     tune_malloc()
@@ -80,21 +68,21 @@ def main() -> int:
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http=Protocol,  # httptools is faster by a millisecond, and keeps headers without limit
-        ws="none",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=settings.shutdown_grace_s,
-    )
-    server = Server(config, app.state.gateway, settings.shutdown_delay_s)
+    options: dict[str, Any] = {
+        "loop": "uvloop",
+        "http": Protocol,  # httptools is faster by a millisecond, and keeps headers without limit
+        "ws": "none",
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
+        "timeout_graceful_shutdown": settings.shutdown_grace_s,
+    }
+    config = uvicorn.Config(app, settings.host, settings.port, **options)
     listener = config.bind_socket()
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
+    if settings.processes > 1:
+        return workers.serve(settings, listener, **options)
+    server = Server(config, app.state.gateway, settings.shutdown_delay_s)
     server.run([listener])
     return 0 if server.started else 1
 

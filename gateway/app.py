@@ -1,5 +1,6 @@
 """The application: what belongs to it, put together."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -47,7 +48,9 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         state.cluster.start()
+        gauges = asyncio.create_task(state.metrics.keep_current())
         yield
+        gauges.cancel()
         await state.cluster.close()
         state.threads.close()
 

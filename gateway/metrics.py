@@ -1,5 +1,9 @@
 """Prometheus metrics of one gateway."""
 
+import asyncio
+import os
+from typing import Literal
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -11,9 +15,13 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.admission import Limits
 from gateway.inference import Cluster
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable, set before this module is imported where several processes count."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BYTES = tuple(4.0**power for power in range(5, 14))
@@ -25,8 +33,9 @@ class Metrics:
 
     def __init__(self, limits: Limits, cluster: Cluster) -> None:
         registry = self.registry = CollectorRegistry()
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
+        if SHARED_FOLDER not in os.environ:
+            for collector in (ProcessCollector, PlatformCollector, GCCollector):
+                collector(registry=registry)
         self.requests = Counter(
             "flownet2_requests_total",
             "Requests by outcome: `ok`, or the last part of the problem's type",
@@ -65,29 +74,37 @@ class Metrics:
         self.response_bytes = Histogram(
             "flownet2_response_bytes", "Bytes of a flow as sent", buckets=BYTES, registry=registry
         )
-        for name, meaning, value in (
-            (
-                "admitted",
-                "Requests for flow that are in",
-                lambda: limits.requests.size - limits.requests.free,
-            ),
-            (
-                "slots_used",
-                "Slots held by requests in flight",
-                lambda: limits.slots.size - limits.slots.free,
-            ),
-            ("slots", "Slots there are", lambda: limits.slots.size),
-            (
-                "endpoints_serving",
-                "Tritons that serve a model",
-                lambda: sum(bool(endpoint.models) for endpoint in cluster.endpoints),
-            ),
-        ):
-            Gauge(f"flownet2_{name}", meaning, registry=registry).set_function(value)
+
+        def gauge(name: str, meaning: str, mode: Literal["livesum", "livemax"]) -> Gauge:
+            return Gauge(f"flownet2_{name}", meaning, registry=registry, multiprocess_mode=mode)
+
+        self._limits, self._cluster = limits, cluster
+        self._admitted = gauge("admitted", "Requests for flow that are in", "livesum")
+        self._slots_used = gauge("slots_used", "Slots held by requests in flight", "livesum")
+        self._slots = gauge("slots", "Slots there are", "livesum")
+        self._endpoints = gauge("endpoints_serving", "Tritons that serve a model", "livemax")
+
+    async def keep_current(self) -> None:
+        """Set the gauges every second, for ever: other processes ask for them."""
+        while True:
+            self._set_gauges()
+            await asyncio.sleep(1)
+
+    def _set_gauges(self) -> None:
+        limits = self._limits
+        self._admitted.set(limits.requests.size - limits.requests.free)
+        self._slots_used.set(limits.slots.size - limits.slots.free)
+        self._slots.set(limits.slots.size)
+        self._endpoints.set(sum(bool(endpoint.models) for endpoint in self._cluster.endpoints))
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""
-        return generate_latest(self.registry)
+        """All metrics, of all processes together, in Prometheus' text format (`CONTENT_TYPE`)."""
+        self._set_gauges()
+        if SHARED_FOLDER not in os.environ:
+            return generate_latest(self.registry)
+        shared = CollectorRegistry()
+        MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
+        return generate_latest(shared)
 
 
 __all__ = ["CONTENT_TYPE", "Metrics"]

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 2**20
+_CORES = len(os.sched_getaffinity(0))
 
 
 def _split(value: Any) -> Any:
@@ -52,6 +53,12 @@ class Settings(BaseSettings):
         min_length=1,
         description="accepted image formats, by Pillow's names, separated by commas",
     )
+    processes: int = Field(
+        default=min(8, max(1, _CORES // 2)),
+        gt=0,
+        json_schema_extra={"shown_default": "half of the cores, at most 8"},
+        description="processes that serve; they share the limits of requests, bytes and threads",
+    )
     max_body_bytes: int = Field(default=64 * MIB, gt=0, description="longest request body")
     max_image_pixels: int = Field(
         default=64_000_000,
@@ -80,7 +87,7 @@ class Settings(BaseSettings):
         "responses that wait to be read may take as much again",
     )
     threads: int = Field(
-        default=min(8, len(os.sched_getaffinity(0))),
+        default=min(8, _CORES),
         gt=0,
         json_schema_extra={"shown_default": "cores, at most 8"},
         description="threads that decode and encode",
@@ -129,6 +136,21 @@ class Settings(BaseSettings):
                 f"GATEWAY_DEFAULT_TIMEOUT_S ({self.default_timeout_s})"
             )
         return self
+
+    def of_one_process(self) -> "Settings":
+        """The settings with one process' part of the limits: of bytes at least the longest body."""
+
+        def part(whole: int) -> int:
+            return -(-whole // self.processes)
+
+        return self.model_copy(
+            update={
+                "max_in_flight": part(self.max_in_flight),
+                "max_waiting": part(self.max_waiting),
+                "max_buffered_bytes": max(part(self.max_buffered_bytes), self.max_body_bytes),
+                "threads": part(self.threads),
+            }
+        )
 
 
 def table() -> str:

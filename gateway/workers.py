@@ -1,0 +1,97 @@
+"""Several processes on one port, by uvicorn's supervisor: it replaces one that died or hangs."""
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import multiprocess
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from gateway import logs
+from gateway.app import create_app
+from gateway.metrics import SHARED_FOLDER
+from gateway.settings import Settings
+from gateway.system import end_with_parent, tune_malloc
+
+ANNOUNCE = signal.SIGUSR1
+"""Tells a process that it will be asked to end: its `/readyz` fails from now on."""
+
+
+class Supervisor(Multiprocess):
+    """Stops as one process does: first `/readyz` fails, after a delay nothing is accepted."""
+
+    def __init__(
+        self, config: uvicorn.Config, sockets: list[socket.socket], delay_s: float
+    ) -> None:
+        super().__init__(config, sockets)
+        self._delay_s = delay_s
+
+    def handle_term(self) -> None:
+        """Begin to stop."""
+        for process in self.processes:
+            if process.pid:
+                os.kill(process.pid, ANNOUNCE)
+        self.should_exit.wait(self._delay_s)
+        super().handle_term()
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace those that died, and forget the gauges of those."""
+        before = {process.pid for process in self.processes}
+        super().keep_subprocess_alive()
+        for pid in before - {process.pid for process in self.processes}:
+            multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a process could not start."""
+        return any(process.exitcode == STARTUP_FAILURE for process in self.processes)
+
+
+def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
+    """Serve until a signal ends it; the exit status.
+
+    Args:
+        settings: those of all processes together.
+        listener: the socket that they accept connections from.
+        options: of uvicorn.
+    """
+    # In memory, and where a container without a writable disk has a place for it.
+    with tempfile.TemporaryDirectory(prefix="gateway-metrics-", dir="/dev/shm") as folder:
+        os.environ[SHARED_FOLDER] = folder
+        config = uvicorn.Config(
+            "gateway.workers:create_worker", factory=True, workers=settings.processes, **options
+        )
+        supervisor = Supervisor(config, [listener], settings.shutdown_delay_s)
+        supervisor.run()
+        return int(supervisor.failed)
+
+
+def create_worker() -> FastAPI:
+    """The application in one of the processes, with its part of the limits."""
+    end_with_parent()
+    tune_malloc()
+    settings = Settings()
+    logs.configure(settings.log_level)
+    app = create_app(settings.of_one_process())
+    lifespan = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def until_the_end(app: FastAPI) -> AsyncIterator[Any]:
+        async with lifespan(app) as state:
+            yield state
+        # Without the threads that still decode what nobody waits for: nothing can stop them.
+        os._exit(0)
+
+    def announce(*_: object) -> None:
+        app.state.gateway.stopping = True
+
+    app.router.lifespan_context = until_the_end
+    signal.signal(ANNOUNCE, announce)
+    return app

@@ -1,0 +1,74 @@
+"""Several gateway processes on one port."""
+
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+
+from launch import triton
+from tests.support.gateway_stack import (
+    Gateway,
+    as_json,
+    encoded,
+    picture,
+    run_gateway,
+    wait_until,
+)
+
+PATH = "/estimate_flow/"
+BODY = as_json(encoded(picture(1)), encoded(picture(2)))
+
+
+def workers(gateway: Gateway) -> list[psutil.Process]:
+    """The processes that serve."""
+    alive = (
+        one
+        for one in psutil.Process(gateway.process.pid).children()
+        if one.status() != psutil.STATUS_ZOMBIE
+    )
+    return [one for one in alive if "--multiprocessing-fork" in one.cmdline()]
+
+
+def test_processes_count_together_are_replaced_and_drain(
+    closed_form_triton: triton.Triton, tmp_path: Path
+) -> None:
+    with run_gateway(
+        closed_form_triton.address.grpc,
+        tmp_path / "log",
+        GATEWAY_PROCESSES="2",
+        GATEWAY_MAX_IN_FLIGHT="6",
+        GATEWAY_SHUTDOWN_DELAY_S="3",
+    ) as gateway:
+
+        def metric(text: str) -> bool:
+            return f"flownet2_{text}\n" in httpx.get(f"{gateway.url}/metrics").text
+
+        def post(model: str = "flownet2") -> int:
+            url = f"{gateway.url}{PATH}?model={model}"
+            return httpx.post(url, json=BODY, timeout=60).status_code
+
+        wait_until(lambda: metric("slots 6.0") and metric("endpoints_serving 1.0"))
+        assert [post() for _ in range(10)] == [200] * 10
+        assert metric('requests_total{outcome="ok",path="/estimate_flow/"} 10.0')
+
+        first, second = workers(gateway)
+        first.kill()
+        wait_until(lambda: len(workers(gateway)) == 2 and first not in workers(gateway))
+        assert second in workers(gateway)
+        wait_until(lambda: metric("slots 6.0"))
+        assert [post() for _ in range(10)] == [200] * 10
+        assert metric('requests_total{outcome="ok",path="/estimate_flow/"} 20.0')
+
+        outcomes: list[int] = []
+        client = threading.Thread(target=lambda: outcomes.append(post("slow")))
+        client.start()
+        wait_until(lambda: metric("slots_used 1.0"))
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{gateway.url}/readyz").status_code == 503)
+        assert [httpx.get(f"{gateway.url}/readyz").status_code for _ in range(10)] == [503] * 10
+        client.join()
+        assert outcomes == [200]
+        assert gateway.process.wait(30) == 0
+        assert not second.is_running()
