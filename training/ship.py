@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from export.networks import NETWORKS, FlowNet2
 from export.weights import save_weights
@@ -21,15 +22,14 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     """The network of a run's last checkpoint, and one sentence on where it comes from."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     model = FlowNet2(NETWORKS[state["network"]])
-    trainee = Trainee(model, state["blocks"])
-    trainee.load_state_dict(state["trainee"])
-    with torch.no_grad():
-        for name, parameter in trainee.trained().items():
-            parameter.copy_(state["ema"][name])
+    average = AveragedModel(Trainee(model, state["blocks"]))
+    average.load_state_dict(state["average"])
+    trainee = average.module
+    assert isinstance(trainee, Trainee)
     if trainee.matcher is not None:
         trainee.matcher.fold()
     duration = f"{state['step']} steps in {state['elapsed'] / 60:.0f} minutes"
-    return model, state["source"] + duration
+    return trainee.model, state["source"] + duration
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from export.networks import NETWORKS, EncoderDecoder, FlowNet2
 from export.networks.operators import resample
@@ -49,8 +50,8 @@ from training.pool import SMALL, Batch, ScenePool
 from training.textures import Textures
 from training.workers import Workers
 
-EMA_DECAY = 0.998  # a step
-EMA_EVERY = 4  # steps between updates of the average
+AVERAGE_DECAY = 0.998  # a step
+AVERAGE_EVERY = 4  # steps between updates of the average
 MATCHING_WEIGHT = 0.3  # of the matching loss beside the flow loss, falling to zero half-way
 TEMPERATURE_FACTOR = (
     20.0  # between the learning rate of the matching loss's two scalars and others'
@@ -106,6 +107,17 @@ def learning_rate(progress: float, peak: float) -> float:
     if progress < 0.03:
         return peak * (0.05 + 0.95 * progress / 0.03)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.03) / 0.97)))
+
+
+def follow(
+    averages: tuple[Tensor, ...] | list[Tensor],
+    weights: tuple[Tensor, ...] | list[Tensor],
+    updates: Tensor | int,
+) -> None:
+    """Move the running averages towards the weights, faster at first."""
+    steps = AVERAGE_EVERY * int(updates)
+    decay = min(AVERAGE_DECAY, (1 + steps) / (10 + steps)) ** AVERAGE_EVERY
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 class Trainer:
@@ -234,7 +246,7 @@ class Trainer:
             betas=(0.9, 0.99),
             fused=True,
         )
-        self.ema = {name: value.detach().clone() for name, value in trained.items()}
+        self.average = AveragedModel(self.trainee, multi_avg_fn=follow)
         self.stage_step = 0
 
     def open_pool(self, rendered: int) -> None:
@@ -264,7 +276,7 @@ class Trainer:
             "fresh": self.fresh,
             "source": self.source,
             "trainee": self.trainee.state_dict(),
-            "ema": self.ema,
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "workers": self.workers.gather(
                 {
@@ -298,7 +310,7 @@ class Trainer:
         self.take_trainee()
         self.begin_optimizer()
         self.trainee.load_state_dict(state["trainee"])
-        self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.stage_step = state["stage_step"]
         own = state["workers"][self.workers.rank]
@@ -340,9 +352,7 @@ class Trainer:
         """After matching, leave its averaged weights in the model and begin to train flow."""
         if self.progress < 1.0 or self.stage_index + 1 == len(self.stages):
             return
-        with torch.no_grad():
-            for name, parameter in self.trainee.trained().items():
-                parameter.copy_(self.ema[name])
+        self.trainee.load_state_dict(self.average.module.state_dict())
         self.stage_index += 1
         images = self.batch().images
         matcher = self.trainee.matcher
@@ -402,10 +412,8 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.stage_step += 1
-        if self.stage_step % EMA_EVERY == 0:
-            decay = min(EMA_DECAY, (1 + self.stage_step) / (10 + self.stage_step)) ** EMA_EVERY
-            current = [parameter.detach() for parameter in self.trainee.trained().values()]
-            torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
+        if self.stage_step % AVERAGE_EVERY == 0:
+            self.average.update_parameters(self.trainee)
         return shown_loss, shown_epe
 
     def autocast(self) -> torch.autocast:
@@ -415,24 +423,17 @@ class Trainer:
 
     def validate(self) -> list[float]:
         """Mean end-point error of the averaged weights on each family of the validation pairs."""
-        trained = self.trainee.trained()
-        kept = {name: value.detach().clone() for name, value in trained.items()}
         sums = {family: [0.0, 0.0] for family in self.families}
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(self.ema[name])
-            for pair in self.validation:
-                images = torch.from_numpy(np.stack(pair.frames)[..., ::-1].copy())
-                images = images.permute(0, 3, 1, 2)[:, None].to(self.device).float() / 255
-                with self.autocast():
-                    predictions, _ = self.trainee(images)
-                finest = predictions[-1][-1].float() * self.trainee.scale
-                flow = resample(finest, *images.shape[3:])[0].permute(1, 2, 0).cpu().numpy()
-                error = end_point_error(flow, pair.flow)[pair.valid].mean()
-                sums[pair.family][0] += float(error)
-                sums[pair.family][1] += 1
-            for name, parameter in trained.items():
-                parameter.copy_(kept[name])
+        for pair in self.validation:
+            images = torch.from_numpy(np.stack(pair.frames)[..., ::-1].copy())
+            images = images.permute(0, 3, 1, 2)[:, None].to(self.device).float() / 255
+            with torch.no_grad(), self.autocast():
+                predictions, _ = self.average(images)
+            finest = predictions[-1][-1].float() * self.trainee.scale
+            flow = resample(finest, *images.shape[3:])[0].permute(1, 2, 0).cpu().numpy()
+            error = end_point_error(flow, pair.flow)[pair.valid].mean()
+            sums[pair.family][0] += float(error)
+            sums[pair.family][1] += 1
         flat = self.workers.average([value for both in sums.values() for value in both])
         return [error / count for error, count in zip(flat[::2], flat[1::2], strict=True)]
 
