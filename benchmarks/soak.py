@@ -179,13 +179,15 @@ async def drill(step: float, tritons: list[Server], service: Server) -> None:
     service.up = False
     os.kill(await service.pid(), signal.SIGTERM)
     await asyncio.sleep(step)
-    usage = shutil.disk_usage(FOLDER)
-    if usage.total > SMALL_BYTES:
+    if shutil.disk_usage(FOLDER).total > SMALL_BYTES:
         say(f"{FOLDER} stays as it is: it is not the drill's own")
         return
     say(f"{FOLDER} full but for a MiB")
     ballast = FOLDER / "ballast"
-    ballast.write_bytes(bytes(usage.free - 2**20))
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(2**20)):
+            pass
+    os.truncate(ballast, max(0, ballast.stat().st_size - 2**20))
     await asyncio.sleep(step)
     ballast.unlink()
     say(f"{FOLDER} as before")
