@@ -115,6 +115,7 @@ class _Target:
     index: Index
     video: bool
     scale: _Scale
+    expected: int | None = None
     pairs: int = 0
 
 
@@ -140,6 +141,7 @@ class _Runner:
         self.progress = progress
         self.totals = Totals()
         self.slots = asyncio.Semaphore(plan.jobs)
+        self.shown: _Target | None = None
         self.targets: set[_Target] = set()
         """Sources that are begun and not ended."""
 
@@ -201,7 +203,7 @@ class _Runner:
     def _steps(self, target: _Target, source: Source) -> Iterator[_Step]:
         """A source's pairs, with what of them is there already, and its end."""
         try:
-            self.progress.begin(target.name, source.count())
+            target.expected = source.count(self.plan.selection)
             for pair in source.pairs(self.plan.selection):
                 names = self.options.names(pair.stem)
                 if target.video:
@@ -240,6 +242,9 @@ class _Runner:
 
     async def _finish(self, step: _Step, task: asyncio.Task[dict[str, bytes]] | None) -> None:
         """Write what a step gave."""
+        if step.target is not self.shown:
+            self.shown = step.target
+            self.progress.begin(step.target.name, step.target.expected)
         if step.pair is None:
             if step.error:
                 await self._note(step.target, "", step.error)

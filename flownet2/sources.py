@@ -55,6 +55,10 @@ class Selection:
     end: int | None = None
     max_edge: int | None = None
 
+    def pairs(self, frames: int) -> int:
+        """How many pairs so many frames make."""
+        return max(0, len(range(frames)[self.start : self.end]) - self.step)
+
 
 @dataclass(frozen=True)
 class Video:
@@ -68,9 +72,10 @@ class Video:
             return {"began": time.time()}  # what a camera shows does not come back
         return _identity(self.path)
 
-    def count(self) -> int | None:
-        """Frames; None where nobody knows."""
-        return None if self.path.startswith("/dev/") else video.count(self.path)
+    def count(self, selection: Selection) -> int | None:
+        """How many pairs there are, roughly; None where nobody knows."""
+        frames = None if self.path.startswith("/dev/") else video.count(self.path)
+        return None if frames is None else selection.pairs(frames)
 
     def pairs(self, selection: Selection) -> Iterator[Pair]:
         """The pairs; SourceError where it ends badly, after all that can be read."""
@@ -100,9 +105,9 @@ class Frames:
             digest.update(f"{file} {storage.identity(file)}\n".encode())
         return {"files": len(self.files), "sha256": digest.hexdigest()}
 
-    def count(self) -> int:
-        """Frames."""
-        return len(self.files)
+    def count(self, selection: Selection) -> int:
+        """How many pairs there are."""
+        return selection.pairs(len(self.files))
 
     def pairs(self, selection: Selection) -> Iterator[Pair]:
         """The pairs; SourceError where there are too few frames."""
@@ -123,9 +128,9 @@ class PairList:
         """What tells that it is still the same."""
         return _identity(self.path)
 
-    def count(self) -> int:
-        """Pairs."""
-        return len(self._lines())
+    def count(self, selection: Selection) -> int:
+        """How many pairs there are."""
+        return len(self._lines()[selection.start : selection.end])
 
     def pairs(self, selection: Selection) -> Iterator[Pair]:
         """The pairs; SourceError where it is no such list."""

@@ -52,9 +52,9 @@ def write(path: str, content: bytes) -> None:
     except FileNotFoundError:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
-    except OSError:
+    except OSError as error:  # which does not name the file where the disk is full
         part.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, path) from error
     part.replace(path)
 
 
