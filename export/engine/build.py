@@ -54,7 +54,7 @@ def build_engine(repository: Path, name: str) -> Path:
     log = trt_logger(trt)
     plan = plan_path(folder, gpu, trt.__version__, (plugin, model, Path(__file__)))
     if plan.is_file():
-        if trt.Runtime(log).deserialize_cuda_engine(plan.read_bytes()):
+        if start(trt.Runtime, log).deserialize_cuda_engine(plan.read_bytes()):
             logger.info("%s fits %s and TensorRT %s", plan, gpu.name, trt.__version__)
             use_plan(plan)
             return plan
@@ -63,10 +63,7 @@ def build_engine(repository: Path, name: str) -> Path:
         raise EngineError(f"no engine in {folder} fits, and BUILD_ENGINES=0 lets none be built")
     logger.info("building %s for %s with TensorRT %s", plan, gpu.name, trt.__version__)
     started = time.monotonic()
-    try:
-        builder = trt.Builder(log)
-    except TypeError:  # what a null pointer from C++ becomes
-        raise EngineError(f"TensorRT {trt.__version__} does not start: {log.cause}") from None
+    builder = start(trt.Builder, log)
     network = parse(trt, builder, model, log)
     check_plugin_is_used(network)
     config = configure(trt, builder)
@@ -113,6 +110,18 @@ def load_plugin(trt: Any, library: str) -> Path:
         if file.name == Path(library).resolve().name:
             return file
     raise EngineError(f"{library} is not among the libraries of this process")
+
+
+def start(part: Any, log: Any) -> Any:
+    """TensorRT's builder or runtime.
+
+    Raises:
+        EngineError: it does not take this GPU and driver.
+    """
+    try:
+        return part(log)
+    except TypeError:  # what a null pointer from C++ becomes
+        raise EngineError(f"TensorRT does not start: {log.cause}") from None
 
 
 def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from export.engine.gpu import Gpu
+from export.engine.gpu import EngineError, Gpu
 from export.repository import TEMPLATE
 from launch import container, triton
 from launch.check import answers_ok
@@ -125,6 +125,18 @@ def test_a_gpu_gets_the_fastest_configuration_that_may_work(
     monkeypatch.setattr(container, "build_engine", lambda repository, name: built[name])
     assert container.configurations(tmp_path, ["a", "b"]) == expected
     assert said in capsys.readouterr().out
+
+
+def test_without_a_fit_gpu_the_cpu_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def find_gpu() -> Gpu:
+        raise EngineError("a GPU has compute capability 7.0, and 7.5 is needed")
+
+    monkeypatch.setattr(container, "find_gpu", find_gpu)
+    assert container.configurations(tmp_path, ["flownet2"]) == ["cpu"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "start: serving on the CPU: a GPU has compute capability 7.0, and 7.5 is needed"
 
 
 def test_an_engine_that_cannot_be_built_is_told_and_not_fatal(
