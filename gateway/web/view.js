@@ -257,7 +257,7 @@ export class Viewer {
     const scale = width / this.size.width;
     context.beginPath();
     context.arc(x, y, RING, 0, 2 * Math.PI);
-    if (Math.hypot(u, v) * scale > RING) arrow(context, x, y, x + u * scale, y + v * scale);
+    if (Math.hypot(u, v) * scale > 2 * RING) arrow(context, x, y, x + u * scale, y + v * scale);
     for (const [colour, thickness] of [["white", 4], ["black", 1.75]]) {
       context.strokeStyle = colour;
       context.lineWidth = thickness;
