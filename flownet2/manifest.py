@@ -108,13 +108,15 @@ class Index:
         self._written = time.monotonic()
         self._behind = False
         try:
-            lines = csv.DictReader(io.StringIO(storage.read(self._path).decode()))
-            for line in lines:
-                row = _parse(line)
-                if row is not None:
-                    self._rows[row.file] = row
+            text = storage.read(self._path).decode(errors="replace")
         except FileNotFoundError:
-            pass
+            return
+        for line in csv.DictReader(io.StringIO(text)):
+            row = _parse(line)
+            if row is not None:
+                self._rows[row.file] = row
+        if not text.endswith("\n"):  # its writer was ended in the middle of a line
+            self.rewrite()
 
     def rows(self) -> list[Row]:
         """All rows, in the order of the source."""

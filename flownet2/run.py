@@ -91,6 +91,8 @@ class _Scale:
         self.value: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._lengths: list[float] = []
         self._expected = STRETCH
+        self.kept = known is not None
+        """Whether a run that goes on will find it."""
         if known is not None:
             self.value.set_result(known)
 
@@ -268,8 +270,9 @@ class _Runner:
 
     def _write(self, target: _Target, pair: Pair, files: Mapping[str, bytes]) -> None:
         first, second = pair.first, pair.second
-        if _picture(pair) in files and not target.index.has(_SCALE):
+        if target.video and not target.scale.kept:
             target.index.write(_SCALE, json.dumps(target.scale.value.result()).encode())
+            target.scale.kept = True
         for name, content in files.items():
             target.index.write(
                 name, content, pair.number, (first.name, second.name), (first.time, second.time)
@@ -278,16 +281,15 @@ class _Runner:
     def _end(self, target: _Target) -> None:
         """Make the video of a source's pictures, and put its index in order."""
         rows = target.index.rows()
-        pictures = [
-            row for row in rows if row.file.startswith(f"{PICTURES}/") and row.number is not None
-        ]
-        if pictures and "mp4" in self.options.formats:
+        kept = [row for row in rows if row.file.startswith(f"{PICTURES}/")]
+        pictures = [row for row in kept if row.number is not None]
+        if target.video and pictures:
             path = storage.join(target.folder, VIDEO)
             files = ((row.time, storage.join(target.folder, row.file)) for row in pictures)
             target.index.note(VIDEO, writers.write_video(path, files))
-            for row in rows:
-                if row.file.startswith(f"{PICTURES}/"):
-                    target.index.drop(row.file)
+        for row in kept:  # also those that a run left behind which was ended here
+            target.index.drop(row.file)
+        if kept:
             storage.remove(storage.join(target.folder, PICTURES))
         if rows:
             target.index.rewrite()
@@ -317,4 +319,4 @@ _SCALE = f"{PICTURES}/scale.json"
 
 
 def _picture(pair: Pair) -> str:
-    return f"{PICTURES}/{pair.stem}.jpg"
+    return f"{PICTURES}/{pair.number:06}.jpg"
