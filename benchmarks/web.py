@@ -1,158 +1,237 @@
-"""The gateway under load, and beside it the plain web layer, in front of the same Triton."""
+"""`python -m benchmarks.web [FRAME FRAME]`: the gateway alone, before a model that takes no time.
 
+Beside it, for its ratio, the web layer that most people would write (`benchmarks.plain_web`).
+"""
+
+import argparse
 import base64
 import contextlib
+import http.client
+import io
 import json
 import os
-import re
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
-import httpx
+import psutil
+from PIL import Image
 
 from benchmarks.report import milliseconds, table
 from benchmarks.samples import sample_folders
 from launch import gateway
+from launch.check import answers_ok
 from launch.child import Child
 from launch.ports import free_ports
 from launch.triton import Address
 
-CONCURRENCIES = (1, 2, 4, 8)
+SIZE = (1024, 436)  # width and height of MPI-Sintel's frames
+CLIENTS = (1, 8)
+PROCESSES = (1, 2)
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What clients saw of a service: pairs a second, and seconds of each request."""
+class Request:
+    """A request for flow, and what the table calls it."""
 
-    pairs_per_second: float
-    latencies: list[float]
-    own_times: list[float]  # the service's time without Triton's
+    name: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
 
 
-def compare(triton: Address, seconds: float) -> str:
-    """Load both services, one after the other at each concurrency; two Markdown tables.
+@dataclass(frozen=True)
+class Service:
+    """A running web layer."""
+
+    port: int
+    process: psutil.Process
+
+    def cpu(self) -> float:
+        """Processor time that its processes have taken, seconds."""
+        family = (self.process, *self.process.children(recursive=True))
+        return sum(sum(one.cpu_times()[:2]) for one in family)
+
+
+def compare(seconds: float, frames: Sequence[bytes] | None = None) -> str:
+    """Load the gateway and the plain web layer; a Markdown table.
 
     Args:
-        triton: serves the shipped weights as ``flownet2``.
-        seconds: length of a measurement.
+        seconds: length of one measurement.
+        frames: two PNG files; left out, a sample pair enlarged to Sintel's size.
     """
-    body = request_body()
-    rows, own = [], {}
-    with gateway_on_one_core(triton) as ours, plain_web_layer(triton) as plain:
-        services = {"gateway": ours, "plain web layer": plain}
-        for concurrency in CONCURRENCIES:
-            for name, url in services.items():
-                measured = load(url, body, concurrency, seconds)
-                rows.append(
-                    (
-                        f"{name}, {concurrency}",
-                        f"{measured.pairs_per_second:.2f}",
-                        milliseconds(statistics.median(measured.latencies)),
-                        milliseconds(percentile(measured.latencies, 95)),
-                    )
-                )
-                if concurrency == 1:
-                    own[name] = statistics.median(measured.own_times)
-    return "\n".join(
-        (
-            table(("service, clients", "pairs/s", "p50 ms", "p95 ms"), rows),
-            table(
-                ("a request without Triton's time, one client", "p50 ms", "of the plain layer"),
-                [
-                    (name, milliseconds(time), f"{time / own['plain web layer']:.2f}")
-                    for name, time in own.items()
-                ],
-            ),
-        )
+    pngs = frames or sample_frames()
+    every = requests(pngs)
+    rows = []
+    with instant_triton() as triton:
+        for processes in PROCESSES:
+            with gateway_of(triton, processes) as service:
+                for request in every:
+                    measured = measure(service, request, seconds)
+                    rows.append((f"gateway, {processes}: {request.name}", *measured))
+        with plain_web_layer(triton) as service:
+            rows.append(
+                ("plain web layer: JSON of PNGs, JSON", *measure(service, every[0], seconds))
+            )
+    head = ("service, processes: input, output", "CPU ms/request")
+    return table(
+        (*head, *(f"pairs/s, {clients} clients" for clients in CLIENTS)),
+        rows,
     )
 
 
-def request_body() -> bytes:
-    """The JSON request for the first sample pair."""
-    folder = sample_folders()[0]
-    files = [(folder / f"frame{index}.png").read_bytes() for index in (0, 1)]
-    return json.dumps(
-        {
-            f"image{index}_base64": base64.b64encode(file).decode()
-            for index, file in enumerate(files, 1)
-        }
-    ).encode()
+def measure(service: Service, request: Request, seconds: float) -> Iterator[str]:
+    """Processor time of a request in milliseconds, and pairs a second for each of `CLIENTS`."""
+    load(service.port, request, 1, seconds / 4)  # code and caches get warm
+    rates = []
+    before, answered = service.cpu(), 0
+    for clients in CLIENTS:
+        began = time.perf_counter()
+        count = load(service.port, request, clients, seconds)
+        rates.append(count / (time.perf_counter() - began))
+        answered += count
+    yield milliseconds((service.cpu() - before) / answered)
+    yield from (f"{rate:.1f}" for rate in rates)
 
 
-def load(url: str, body: bytes, clients: int, seconds: float) -> Measurement:
-    """Post a request again and again from several clients, each waiting for its answer."""
-    latencies: list[float] = []
-    own_times: list[float] = []
-    end = threading.Event()
+def sample_frames() -> list[bytes]:
+    """The first sample pair at Sintel's size, as PNG files."""
+    files = (sample_folders()[0] / f"frame{index}.png" for index in (0, 1))
+    return [
+        encode(Image.open(file).resize(SIZE, Image.Resampling.BICUBIC), "PNG") for file in files
+    ]
 
-    def client() -> None:
-        with httpx.Client(timeout=120) as session:
-            while not end.is_set():
-                start = time.perf_counter()
-                answer = session.post(
-                    f"{url}/estimate_flow/",
-                    content=body,
-                    headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
-                )
-                answer.raise_for_status()
-                latencies.append(time.perf_counter() - start)
-                stages = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["Server-Timing"]))
-                own_times.append((float(stages["total"]) - float(stages["infer"])) / 1e3)
 
-    start = time.perf_counter()
+def encode(image: Image.Image, format: str) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format, quality=95)
+    return file.getvalue()
+
+
+def requests(pngs: Sequence[bytes]) -> list[Request]:
+    """The usual one first; then other inputs and other outputs."""
+    jpegs = [encode(Image.open(io.BytesIO(png)), "JPEG") for png in pngs]
+    native = "/estimate_flow/?size=native"
+    as_json, as_npy, as_png = (
+        {"Accept": name} for name in ("application/json", "application/x-npy", "image/png")
+    )
+    boundary, form = form_of(pngs)
+    multipart = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    return [
+        Request("JSON of PNGs, JSON", "/estimate_flow/", as_json, json_of(pngs)),
+        Request("JSON of JPEGs, JSON", "/estimate_flow/", as_json, json_of(jpegs)),
+        Request("JSON of PNGs, .npy native", native, as_npy, json_of(pngs)),
+        Request("files of PNG, .npy native", native, as_npy | multipart, form),
+        Request("JSON of PNGs, picture native", native, as_png, json_of(pngs)),
+    ]
+
+
+def json_of(files: Sequence[bytes]) -> bytes:
+    """The JSON body with two images."""
+    fields = {f"image{i}_base64": base64.b64encode(x).decode() for i, x in enumerate(files, 1)}
+    return json.dumps(fields).encode()
+
+
+def form_of(files: Sequence[bytes]) -> tuple[str, bytes]:
+    """A multipart form with two images, and its boundary."""
+    boundary = uuid.uuid4().hex
+    parts = []
+    for name, file in zip(("image1", "image2"), files, strict=True):
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="a"\r\n'
+        parts += [head.encode(), b"\r\n", file, b"\r\n"]
+    return boundary, b"".join(parts) + f"--{boundary}--\r\n".encode()
+
+
+def load(port: int, request: Request, clients: int, seconds: float) -> int:
+    """Post a request again and again from several clients, each waiting for its response.
+
+    Returns:
+        How many responses there were.
+    """
+    end = time.perf_counter() + seconds
+
+    def client() -> int:
+        count = 0
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        with contextlib.closing(line):
+            while count == 0 or time.perf_counter() < end:
+                line.request("POST", request.path, request.body, dict(request.headers))
+                response = line.getresponse()
+                content = response.read()
+                if response.status != http.HTTPStatus.OK:
+                    raise RuntimeError(content[:200].decode(errors="replace"))
+                count += 1
+        return count
+
     with ThreadPoolExecutor(clients) as threads:
-        running = [threads.submit(client) for _ in range(clients)]
-        time.sleep(seconds)
-        end.set()
-        for one in running:
-            one.result()
-    return Measurement(len(latencies) / (time.perf_counter() - start), latencies, own_times)
-
-
-def percentile(values: list[float], percent: int) -> float:
-    """The value that so many percent of the values do not exceed."""
-    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+        return sum(one.result() for one in [threads.submit(client) for _ in range(clients)])
 
 
 @contextlib.contextmanager
-def gateway_on_one_core(triton: Address) -> Iterator[str]:
-    """URL of the gateway, held to one core."""
+def instant_triton() -> Iterator[Address]:
+    """A Triton whose model takes no time."""
     (port,) = free_ports(1)
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})  # what a child inherits
-    try:
-        with gateway.serve(triton, port):
-            os.sched_setaffinity(0, cores)
-            yield f"http://127.0.0.1:{port}"
-    finally:
-        os.sched_setaffinity(0, cores)
+    with running("instant model", ["benchmarks.instant", str(port)], port):
+        yield Address("127.0.0.1", port, port, port)
 
 
 @contextlib.contextmanager
-def plain_web_layer(triton: Address) -> Iterator[str]:
-    """URL of the plain web layer."""
+def gateway_of(triton: Address, processes: int) -> Iterator[Service]:
+    """The gateway."""
     (port,) = free_ports(1)
-    child = Child(
-        "plain web layer",
-        [sys.executable, "-m", "benchmarks.plain_web", triton.grpc, str(port)],
-        os.environ,
-        lambda line: None,
-    )
+    settings = {"GATEWAY_PROCESSES": str(processes), "GATEWAY_LOG_LEVEL": "WARNING"}
+    with gateway.serve(triton, port, settings=settings) as child:
+        while not answers_ok("127.0.0.1", port, "/readyz"):
+            time.sleep(0.1)
+        yield Service(port, psutil.Process(child.pid))
+
+
+@contextlib.contextmanager
+def plain_web_layer(triton: Address) -> Iterator[Service]:
+    """The plain web layer."""
+    (port,) = free_ports(1)
+    command = ["benchmarks.plain_web", triton.grpc, str(port)]
+    with running("plain web layer", command, port) as child:
+        yield Service(port, psutil.Process(child.pid))
+
+
+@contextlib.contextmanager
+def running(name: str, module: list[str], port: int) -> Iterator[Child]:
+    """A module of this project as a child process that listens on a port."""
+    child = Child(name, [sys.executable, "-m", *module], os.environ, lambda line: None)
     try:
         child.wait_until(lambda: listens(port), 60, threading.Event())
-        yield f"http://127.0.0.1:{port}"
+        yield child
     finally:
         child.stop(10)
 
 
 def listens(port: int) -> bool:
     """True when a local server accepts connections."""
-    with contextlib.suppress(httpx.TransportError):
-        httpx.get(f"http://127.0.0.1:{port}/")
+    with (
+        contextlib.suppress(OSError),
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as line,
+    ):
+        line.connect()
         return True
     return False
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.web", description=__doc__)
+    parser.add_argument("frames", nargs="*", type=Path, help="two PNG files of one size")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a measurement")
+    options = parser.parse_args()
+    frames = [frame.read_bytes() for frame in options.frames]
+    print(compare(options.seconds, frames or None), end="")
+
+
+if __name__ == "__main__":
+    main()
