@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-import enum
 import os
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import numpy as np
 import rich.console
@@ -17,7 +16,7 @@ import rich.table
 import typer
 
 from flownet2 import service
-from flownet2.client import AsyncClient, Client, FlowError
+from flownet2.client import AsyncClient, Client, Direction, FlowError
 from flownet2.formats import FORMATS, FormatError, known, named_format, read_flow, write_flow
 from flownet2.manifest import ManifestError
 from flownet2.service import NoServer
@@ -49,21 +48,6 @@ ModelName = Annotated[
 FormatName = Annotated[
     str | None, typer.Option(help=f"Format, where the suffix does not say: {', '.join(FORMATS)}.")
 ]
-
-
-class Direction(enum.StrEnum):
-    """From the first frame to the second, the reverse, or both."""
-
-    forward = "forward"
-    backward = "backward"
-    both = "both"
-
-
-class OnError(enum.StrEnum):
-    """What an error of one source or pair does to the rest."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 def main() -> NoReturn:
@@ -126,7 +110,8 @@ def run(
         typer.Argument(
             metavar="SOURCE...",
             help="Video files, folders or globs of frames, lists of pairs (.txt, a line each: "
-            "two images and maybe a name for the output), camera:0. Also URLs such as s3://bucket/video.mp4.",
+            "two images and maybe a name for the output), camera:0. "
+            "Also URLs such as s3://bucket/video.mp4.",
         ),
     ],
     output: Annotated[
@@ -139,7 +124,7 @@ def run(
     step: Annotated[int, typer.Option(min=1, help="How many frames apart the two are.")] = 1,
     start: Annotated[int, typer.Option(min=0, help="The first frame to take.")] = 0,
     end: Annotated[int | None, typer.Option(min=0, help="The frame to stop before.")] = None,
-    direction: Direction = Direction.forward,
+    direction: Direction = "forward",
     occlusion: Annotated[
         bool, typer.Option("--occlusion", help="Also masks of what the second frame hides.")
     ] = False,
@@ -165,8 +150,9 @@ def run(
         typer.Option(metavar="I/N", help="Do every N-th source only, from the I-th (0…)."),
     ] = None,
     on_error: Annotated[
-        OnError, typer.Option(help="At an error stop, or note it in errors.csv and go on.")
-    ] = OnError.stop,
+        Literal["stop", "skip"],
+        typer.Option(help="Stop at an error, or note it in errors.csv."),
+    ] = "stop",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another run.")
     ] = False,
@@ -175,8 +161,8 @@ def run(
 ) -> None:
     """The flow of videos, folders of frames and lists of pairs.
 
-    Writes DIR/<source>/<number>.<suffix>, an index.csv beside, and DIR/manifest.json. Started
-    again, it does what is missing.
+    Writes DIR/<source>/<number>.<suffix>, index.csv beside them, and DIR/manifest.json.
+    Started again, it does what is missing.
 
     Examples:
 
@@ -189,7 +175,7 @@ def run(
     from flownet2 import run as runs  # noqa: PLC0415
     from flownet2.writers import Options  # noqa: PLC0415
 
-    options = Options(_formats(format), direction.value, occlusion, bound, max_flow, side_by_side)
+    options = Options(_formats(format), direction, occlusion, bound, max_flow, side_by_side)
     part = _shard(shard)
     found = find(sources)
     with service.server(server, say) as url, _bar() as bar:
@@ -197,7 +183,7 @@ def run(
             Selection(step, start, end, max_edge),
             options,
             jobs or 8 * len(url.split(",")),
-            "skip" if on_error is OnError.skip else "stop",
+            on_error,
             overwrite,
             part,
         )
@@ -297,31 +283,23 @@ def convert(
     write_flow(target, read_flow(source), format)
 
 
-class Kind(enum.StrEnum):
-    """How a flow is shown."""
-
-    colours = "colours"
-    arrows = "arrows"
-    warp = "warp"
-
-
 @app.command()
 def view(
     flow: Annotated[Path, typer.Argument(metavar="FLOW", help="A flow: .flo .npy .npz .pfm .png")],
     kind: Annotated[
-        Kind,
+        Literal["colours", "arrows", "warp"],
         typer.Option(
             "--as",
             help="Colours with their wheel, arrows, or the second frame as the first saw it.",
         ),
-    ] = Kind.colours,
+    ] = "colours",
     image: Annotated[
         Path | None,
         typer.Option(help="First frame, below arrows; second frame, with --as warp."),
     ] = None,
     max_flow: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Flow of the strongest colours [the longest], in pixels."),
+        typer.Option(min=0.1, help="Flow of the strongest colours, in pixels; else the longest."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -341,11 +319,11 @@ def view(
     pixels = None if image is None else Frame(image, str(image)).pixels()
     if pixels is not None and pixels.shape[:2] != read.shape[:2]:
         fail(f"{image} and {flow} differ in size")
-    if kind is Kind.warp:
+    if kind == "warp":
         if pixels is None:
             raise typer.BadParameter("--as warp needs the second frame: --image")
         picture = views.warped(read, pixels)
-    elif kind is Kind.arrows:
+    elif kind == "arrows":
         picture = views.arrows(read, pixels)
     else:
         lengths = np.hypot(read[..., 0], read[..., 1])[known(read)]
@@ -355,19 +333,9 @@ def view(
     if output is None and windows:
         shown.show(title=str(flow))
         return
-    target = output or flow.with_name(f"{flow.stem}_{kind.value}.png")
+    target = output or flow.with_name(f"{flow.stem}_{kind}.png")
     shown.save(target)
     print(target)
-
-
-class Dataset(enum.StrEnum):
-    """A benchmark, in its own folders."""
-
-    sintel = "sintel"
-    kitti = "kitti"
-    middlebury = "middlebury"
-    chairs = "chairs"
-    things = "things"
 
 
 @app.command()
@@ -376,7 +344,10 @@ def evaluate(
         list[Path],
         typer.Argument(metavar="PREDICTION TRUTH | DIR", help="Two flows, or a data set's folder."),
     ],
-    dataset: Annotated[Dataset | None, typer.Option(help="What DIR is.")] = None,
+    dataset: Annotated[
+        Literal["sintel", "kitti", "middlebury", "chairs", "things"] | None,
+        typer.Option(help="What DIR is."),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
     server: Server = None,
     model: ModelName = None,
@@ -400,9 +371,9 @@ def evaluate(
         return
     samples = list(evaluation.DATASETS[dataset](paths[0]))
     if not samples:
-        fail(f"{paths[0]} is not laid out as {dataset.value}: no pair with true flow is in it")
+        fail(f"{paths[0]} is not laid out as {dataset}: no pair with true flow is in it")
     with service.server(server, say) as url, _bar() as bar:
-        bar.begin(dataset.value, len(samples))
+        bar.begin(dataset, len(samples))
 
         async def work() -> tuple[dict[str, evaluation.Errors], str | None]:
             async with AsyncClient(url, model=model) as client:

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flownet2 import storage
+
 Flow = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
@@ -288,14 +290,15 @@ def read_flow(path: str | os.PathLike[str]) -> Flow:
 
 
 def write_flow(path: str | os.PathLike[str], flow: Flow, format: str | None = None) -> None:
-    """Write a flow as the suffix says; .png is a picture, unless `format` is "kitti".
+    """Write a flow, whole or not at all, as the suffix says; .png is a picture, unless `format` is
+    "kitti".
 
     Raises:
         FormatError: the suffix, or `format`, is not one of `FORMATS`.
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    path.write_bytes(named_format(path.suffix, format).encode(flow))
+    encode = named_format(Path(path).suffix, format).encode
+    storage.write(os.fspath(path), encode(flow))
 
 
 def named_format(suffix: str, name: str | None = None) -> Format:
