@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
-from flownet2 import read_flow, write_flow
+from flownet2 import read_flow, service, write_flow
 from flownet2.formats import colours
 from flownet2.measures import warp
 from launch import triton
 from tests.support.command import fail, flownet2, succeed
-from tests.support.gateway_stack import Gateway, picture
+from tests.support.gateway_stack import Gateway, free_port, picture
 
 WIDTH, HEIGHT = 80, 56
 
@@ -61,6 +62,19 @@ def test_without_a_server_it_says_what_to_start(
     monkeypatch.setenv("FLOWNET2_URL", "http://127.0.0.1:9")
     assert "--server" in fail("models")
     assert "is no server" in fail("models", server="127.0.0.1:5003")
+
+
+def test_a_checkout_starts_a_server_for_as_long_as_the_command_runs(
+    tmp_path: Path, closed_form_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = write_images(tmp_path / "a.png", tmp_path / "b.png")
+    monkeypatch.delenv("FLOWNET2_URL", raising=False)
+    monkeypatch.setenv("MODEL_REPOSITORY", str(closed_form_repository))
+    monkeypatch.setattr(service, "DEFAULT_SERVER", f"http://127.0.0.1:{free_port()}")
+    before = psutil.Process().children(recursive=True)
+    succeed("pair", tmp_path / "a.png", tmp_path / "b.png", "-o", tmp_path / "flow.flo")
+    np.testing.assert_array_equal(read_flow(tmp_path / "flow.flo"), closed_form(*images))
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
 
 
 def test_convert(tmp_path: Path) -> None:
