@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYP
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.admission import Limits
-from gateway.inference import Cluster
+from gateway.cluster import Cluster
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable, set before this module is imported where several processes count."""

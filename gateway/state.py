@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from gateway.admission import Limits
-from gateway.inference import Cluster
+from gateway.cluster import Cluster
 from gateway.metrics import Metrics
 from gateway.settings import Settings
 from gateway.threads import Threads

@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gateway.inference import RESOLVE_SECONDS
+from gateway.cluster import RESOLVE_SECONDS
 from gateway.settings import Settings
 from launch.triton import STOP_SECONDS
 

@@ -7,8 +7,8 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.admission import Limits
+from gateway.cluster import Cluster
 from gateway.context import context_of
-from gateway.inference import Cluster
 from gateway.metrics import Metrics
 from gateway.middleware import ContextMiddleware
 

@@ -13,6 +13,8 @@ import psutil
 import pytest
 from tritonclient.grpc.service_pb2 import ModelInferResponse
 
+from gateway.cluster import Cluster
+from gateway.endpoint import Endpoint, EndpointLost, check_flow, classify
 from gateway.errors import (
     DeadlineExceeded,
     ImageTooLarge,
@@ -20,7 +22,6 @@ from gateway.errors import (
     ModelFailed,
     QueueFull,
 )
-from gateway.inference import Cluster, Endpoint, EndpointLost, check_flow, classify
 from launch import triton
 from tests.support.gateway_stack import (
     as_json,
