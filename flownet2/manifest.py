@@ -134,7 +134,7 @@ class Index:
             identity = storage.identity(path)
             return identity is not None and identity["size"] == row.bytes
         try:
-            return _crc32(storage.read(path)) == row.crc32
+            return checksum(Path(path)) == (row.bytes, row.crc32)
         except OSError:
             return False
 
@@ -148,19 +148,11 @@ class Index:
     ) -> None:
         """Write a file, and then its line."""
         storage.write(storage.join(self._folder, file), content)
-        self.note(file, content, number, names, times)
+        self.note(Row(number, *names, *times, file, len(content), f"{zlib.crc32(content):08x}"))
 
-    def note(
-        self,
-        file: str,
-        content: bytes,
-        number: int | None = None,
-        names: tuple[str, str] = ("", ""),
-        times: tuple[float | None, float | None] = (None, None),
-    ) -> None:
+    def note(self, row: Row) -> None:
         """Write the line of a file that is there."""
-        row = Row(number, *names, *times, file, len(content), _crc32(content))
-        self._rows[file] = row
+        self._rows[row.file] = row
         if storage.is_url(self._path):
             self._behind = True
             if time.monotonic() - self._written > REWRITE_SECONDS:
@@ -220,5 +212,10 @@ def _line(values: tuple[Any, ...]) -> str:
     return text.getvalue()
 
 
-def _crc32(content: bytes) -> str:
-    return f"{zlib.crc32(content):08x}"
+def checksum(path: Path) -> tuple[int, str]:
+    """Size and CRC-32 of a file of this machine."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            crc, size = zlib.crc32(piece, crc), size + len(piece)
+    return size, f"{crc:08x}"

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from flownet2 import storage, writers
 from flownet2.client import AsyncClient, FlowError, Model
-from flownet2.manifest import Index, agree, forget
+from flownet2.manifest import Index, Row, agree, checksum, forget
 from flownet2.sources import Pair, Selection, Source, SourceError
 from flownet2.writers import PICTURES, STRETCH, VIDEO, Options
 
@@ -286,7 +286,9 @@ class _Runner:
         if target.video and pictures:
             path = storage.join(target.folder, VIDEO)
             files = ((row.time, storage.join(target.folder, row.file)) for row in pictures)
-            target.index.note(VIDEO, writers.write_video(path, files))
+            with storage.written_aside(path) as part:
+                writers.write_video(part, files)
+                target.index.note(Row(None, "", "", None, None, VIDEO, *checksum(part)))
         for row in kept:  # also those that a run left behind which was ended here
             target.index.drop(row.file)
         if kept:

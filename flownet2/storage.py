@@ -6,6 +6,7 @@ Paths are strings; one without a scheme is a plain path and needs no fsspec.
 import contextlib
 import glob
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -46,7 +47,7 @@ def write(path: str, content: bytes) -> None:
             filesystem.makedirs(filesystem._parent(name), exist_ok=True)
             filesystem.pipe_file(name, content)
         return
-    part = part_of(path)
+    part = _part_of(path)
     try:
         part.write_bytes(content)
     except FileNotFoundError:
@@ -58,8 +59,25 @@ def write(path: str, content: bytes) -> None:
     part.replace(path)
 
 
-def part_of(path: str) -> Path:
-    """Where a file of this machine is written before it takes its place."""
+@contextlib.contextmanager
+def written_aside(path: str) -> Iterator[Path]:
+    """A file of this machine to write, which then takes its place whole."""
+    if is_url(path):
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part"
+            yield part
+            with _remote(path) as (filesystem, name):
+                filesystem.put_file(str(part), name)
+        return
+    part = _part_of(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part_of(path: str) -> Path:
     return Path(path).with_name(f".{Path(path).name}.part")
 
 

@@ -1,7 +1,6 @@
 """What is written of a pair's flow, and of a source's: files by name, and their content."""
 
 import io
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from flownet2 import storage, video
+from flownet2 import video
 from flownet2.client import Direction, Result
 from flownet2.formats import FORMATS, Flow, Mask, colours, known, to_picture
 from flownet2.images import Frame, Pixels
@@ -23,8 +22,11 @@ FRAMES_PER_SECOND = 25
 STRETCH = 8
 """Pairs whose motion sets a video's scale."""
 
-PAIR_FORMATS = (*FORMATS, "jpg", "hdf5")
-NAMES = (*PAIR_FORMATS, "mp4")
+# Ends of the names of a pair's files, by format; a video is of all pairs.
+_ENDS: dict[str, tuple[str, ...]] = {name: (format.suffix,) for name, format in FORMATS.items()}
+_ENDS |= {"jpg": ("_x.jpg", "_y.jpg"), "hdf5": (".h5",), "mp4": ()}
+_SIDES = {"forward": ("",), "backward": ("_backward",), "both": ("", "_backward")}
+NAMES = tuple(_ENDS)
 
 
 @dataclass(frozen=True)
@@ -55,39 +57,31 @@ class Options:
 
     def names(self, stem: str) -> list[str]:
         """The files of a pair."""
-        ends = []
-        for format in self.formats:
-            if format == "jpg":
-                ends += ["_x.jpg", "_y.jpg"]
-            elif format == "hdf5":
-                ends.append(".h5")
-            elif format != "mp4":
-                ends.append(FORMATS[format].suffix)
-        sides = {"forward": [""], "backward": ["_backward"], "both": ["", "_backward"]}
-        names = [f"{stem}{side}{end}" for side in sides[self.direction] for end in ends]
+        names = [
+            f"{stem}{side}{end}"
+            for side in _SIDES[self.direction]
+            for format in self.formats
+            for end in _ENDS[format]
+        ]
         return [*names, f"{stem}_occluded.png"] if self.occlusion else names
 
     def files(self, stem: str, result: Result) -> Iterator[tuple[str, bytes]]:
-        """Names and contents of a pair's files, in the order of `names`."""
-        flows: dict[str, list[Flow | None]] = {
-            "forward": [result.flow],
-            "backward": [result.flow if result.flow_backward is None else result.flow_backward],
-            "both": [result.flow, result.flow_backward],
-        }
-        contents = (
-            content
-            for flow in flows[self.direction]
-            if flow is not None
-            for format in self.formats
-            if format != "mp4"
-            for content in self._contents(format, flow)
-        )
-        names = iter(self.names(stem))
-        yield from zip(names, contents, strict=False)
+        """Names and contents of a pair's files."""
+        flows = {"": result.flow, "_backward": result.flow_backward}
+        if self.asked == "backward":
+            flows["_backward"] = result.flow
+        for side in _SIDES[self.direction]:
+            flow = flows[side]
+            assert flow is not None
+            for format in self.formats:
+                for end, content in zip(_ENDS[format], self._contents(format, flow), strict=True):
+                    yield f"{stem}{side}{end}", content
         if self.occlusion and result.occluded is not None:
             yield f"{stem}_occluded.png", mask_png(result.occluded)
 
     def _contents(self, format: str, flow: Flow) -> list[bytes]:
+        if format == "mp4":
+            return []
         if format == "jpg":
             return grey_jpgs(flow, self.bound)
         if format == "hdf5":
@@ -140,22 +134,12 @@ def video_picture(flow: Flow, scale: float, beside: Pixels | None) -> bytes:
     return _jpeg(picture, subsampling=0)
 
 
-def write_video(path: str, pictures: Iterable[tuple[float | None, str]]) -> bytes:
-    """Write a video of picture files with their times; returns its content.
-
-    Args:
-        path: where it goes, whole or not at all.
-        pictures: time in seconds, and path of each picture; without times 25 a second.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "video.mp4"
-        video.write(
-            file,
-            (
-                (number / FRAMES_PER_SECOND if time is None else time, Frame(picture).pixels())
-                for number, (time, picture) in enumerate(pictures)
-            ),
-        )
-        content = file.read_bytes()
-    storage.write(path, content)
-    return content
+def write_video(path: Path, pictures: Iterable[tuple[float | None, str]]) -> None:
+    """Write a video of picture files with their times, in seconds; without times 25 a second."""
+    video.write(
+        path,
+        (
+            (number / FRAMES_PER_SECOND if time is None else time, Frame(picture).pixels())
+            for number, (time, picture) in enumerate(pictures)
+        ),
+    )
