@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -42,7 +43,7 @@ class Supervisor(Multiprocess):
         super().handle_term()
 
     def keep_subprocess_alive(self) -> None:
-        """Replace those that died, and forget the gauges of those."""
+        """Replace those that died, and forget their gauges."""
         before = {process.pid for process in self.processes}
         super().keep_subprocess_alive()
         for pid in before - {process.pid for process in self.processes}:
@@ -75,6 +76,7 @@ def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
 
 def create_worker() -> FastAPI:
     """The application in one of the processes, with its part of the limits."""
+    parent = os.getppid()
     end_with_parent()
     tune_malloc()
     settings = Settings()
@@ -86,6 +88,8 @@ def create_worker() -> FastAPI:
     async def until_the_end(app: FastAPI) -> AsyncIterator[Any]:
         async with lifespan(app) as state:
             yield state
+        if os.getppid() != parent:  # it was killed, and could not
+            shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
         # Without the threads that still decode what nobody waits for: nothing can stop them.
         os._exit(0)
 

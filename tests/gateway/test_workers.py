@@ -72,3 +72,17 @@ def test_processes_count_together_are_replaced_and_drain(
         assert outcomes == [200]
         assert gateway.process.wait(30) == 0
         assert not second.is_running()
+
+
+def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
+    def shared() -> set[Path]:
+        return set(Path("/dev/shm").glob("gateway-metrics-*"))
+
+    before = shared()
+    with run_gateway("127.0.0.1:1", tmp_path / "log", GATEWAY_PROCESSES="2") as gateway:
+        both = workers(gateway)
+        assert shared() > before
+        gateway.process.kill()
+        wait_until(lambda: not any(one.is_running() for one in both))
+        assert gateway.get("/livez") == 0
+    assert shared() == before
