@@ -546,7 +546,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8, help="samples a step at 192x256")
     parser.add_argument("--learning-rate", type=float, default=4e-4, help="its peak")
-    parser.add_argument("--reuse", type=float, default=12.0, help="uses of each rendered scene")
+    parser.add_argument("--reuse", type=float, default=8.0, help="uses of each rendered scene")
     parser.add_argument("--pool", type=int, default=128, help="scenes kept for reuse")
     parser.add_argument(
         "--small-motions",
