@@ -165,14 +165,18 @@ class Container:
     def words(self, command: list[str]) -> list[str]:
         return [*self.store.command, "run", *self.options, self.name, "--", *command]
 
+    def succeeds(self, *command: str) -> bool:
+        """Run a command beside what runs."""
+        done = subprocess.run(
+            self.words([*command]), env=self.store.environment, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
     def is_healthy(self) -> bool:
         """What the image's own check says."""
         kind, *command = self.config["Healthcheck"]["Test"]
         assert kind == "CMD"
-        done = subprocess.run(
-            self.words(command), env=self.store.environment, capture_output=True, check=False
-        )
-        return done.returncode == 0
+        return self.succeeds(*command)
 
     def main_process(self) -> psutil.Process:
         """The first process inside, which `docker stop` sends its signal to."""
@@ -336,6 +340,7 @@ def test_triton_and_the_gateway_serve(store: Store, models: Path) -> None:
         url = f"http://127.0.0.1:{port}"
         gateway.wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
         assert triton.is_healthy()
+        assert triton.succeeds("python3", "-m", "launch.check")  # Kubernetes' liveness
         assert gateway.is_healthy()
         for model in ("flownet2", "exported"):
             assert_right_flow(url, model)
