@@ -109,7 +109,12 @@ class Gateway:
                     "gateway",
                 ],
                 cwd=ROOT,
-                env={**clean, "TRITON_ENDPOINTS": endpoints, **environment},
+                env={
+                    **clean,
+                    "TRITON_ENDPOINTS": endpoints,
+                    "GATEWAY_PROCESSES": "1",  # on any machine
+                    **environment,
+                },
                 stderr=output,
             )
         self.client = httpx.Client(base_url=self.url, timeout=60)
