@@ -44,11 +44,11 @@ class Canary:
             if before is not None and self._successes[name] > before:
                 continue
             try:
-                status, answer = self._ask(f"/v2/models/{name}/infer", _REQUEST)
+                status, body = self._ask(f"/v2/models/{name}/infer", _REQUEST)
             except TimeoutError:  # behind others in the queue
                 continue
             if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                return f"Triton's model {name} fails: {answer['error']}"
+                return f"Triton's model {name} fails: {body['error']}"
             self._successes[name] += status == HTTPStatus.OK
         return None
 
@@ -59,13 +59,13 @@ class Canary:
     def _ask(self, path: str, body: object = None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
         try:
-            with _open(self._url + path, data, timeout=TIMEOUT_SECONDS) as answer:
-                return answer.status, json.load(answer)
+            with _open(self._url + path, data, timeout=TIMEOUT_SECONDS) as response:
+                return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error)
         except (http.client.HTTPException, ValueError) as error:  # it ended in the middle
-            raise OSError(f"no answer from Triton: {error}") from error
+            raise OSError(f"no response from Triton: {error}") from error
 
 
 _SHAPE = [1, MINIMUM_SIDE, MINIMUM_SIDE, 3]
@@ -81,8 +81,8 @@ _REQUEST = {
 def answers_ok(host: str, port: int, path: str) -> bool:
     """True when a GET of `path` is answered with status 200."""
     try:
-        with _open(url(host, port) + path, timeout=TIMEOUT_SECONDS) as answer:
-            return bool(answer.status == HTTPStatus.OK)
+        with _open(url(host, port) + path, timeout=TIMEOUT_SECONDS) as response:
+            return bool(response.status == HTTPStatus.OK)
     except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors too
         return False
 
