@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import os
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,11 @@ USUAL_SHAPE: Shape = (1, *GRID, 3)  # what the gateway's default path asks for
 # that, and a CPU with AMX to find it.
 BFLOAT16_WIDTH = 128
 
-# A graph is planned, beside those that are in use, for a shape that was asked for so many times
-# among the last requests without one; those used least make room.
-RECURRING = 3
-RECENT = 32
+# A graph is planned for a shape that recurs among the last requests, as far as memory goes; one
+# that does not appear among them makes room.
+RECENT, RECURRING = 32, 3
 PLANNED_BYTES = 2**30
-PIXEL_BYTES = 180
+PIXEL_BYTES = 400  # of features; 170 in the thin networks
 
 
 class Engine:
@@ -64,7 +63,7 @@ class Engine:
         self._path = path
         self._model = _read(path, self.precision)
         self._any_shape = _compile(self._model)
-        self._planned = OrderedDict({USUAL_SHAPE: self._plan(USUAL_SHAPE)})
+        self._planned = {USUAL_SHAPE: self._plan(USUAL_SHAPE)}
         self._planner = ThreadPoolExecutor(1)
         self._planning: tuple[Shape, Future[openvino.InferRequest]] | None = None
         self._recent: deque[Shape] = deque(maxlen=RECENT)
@@ -92,20 +91,26 @@ class Engine:
             return self._narrow
         if self._planning and self._planning[1].done():
             planned, future = self._planning
+            self._planned[planned] = self._any_shape if future.exception() else future.result()
             self._planning = None
-            if not future.exception():
-                self._planned[planned] = future.result()
-        if shape in self._planned:
-            self._planned.move_to_end(shape)
-            return self._planned[shape]
         self._recent.append(shape)
-        recurs = self._recent.count(shape) >= RECURRING
-        if recurs and not self._planning and self._bytes(shape) <= PLANNED_BYTES:
-            self._recent.clear()
-            while sum(map(self._bytes, (*self._planned, shape))) > PLANNED_BYTES:
-                self._planned.popitem(last=False)
+        if shape in self._planned:
+            return self._planned[shape]
+        if self._recent.count(shape) >= RECURRING and not self._planning and self._has_room(shape):
             self._planning = shape, self._planner.submit(self._plan, shape)
         return self._any_shape
+
+    def _has_room(self, shape: Shape) -> bool:
+        """Whether a graph for a shape fits beside those in use; others are dropped for it."""
+        size = self._path.stat().st_size
+        memory = {
+            one: size + PIXEL_BYTES * adapted(one[1]) * adapted(one[2])
+            for one in (*self._planned, shape)
+        }
+        for unused in set(self._planned) - set(self._recent):
+            if sum(memory.values()) > PLANNED_BYTES:
+                del self._planned[unused], memory[unused]
+        return sum(memory.values()) <= PLANNED_BYTES
 
     def _plan(self, shape: Shape) -> openvino.InferRequest:
         """A graph for one shape; it saves about a tenth of the time."""
@@ -113,10 +118,6 @@ class Engine:
         model.reshape({name: list(shape) for name in IMAGE_INPUTS})
         remove_idle_resampling(model)
         return _compile(model)
-
-    def _bytes(self, shape: Shape) -> int:
-        """Memory of a graph for one shape: weights and features."""
-        return self._path.stat().st_size + PIXEL_BYTES * adapted(shape[1]) * adapted(shape[2])
 
     @functools.cached_property
     def _narrow(self) -> openvino.InferRequest:
