@@ -107,10 +107,10 @@ def banded_correlation(
     for dy in range(2 * radius + 1):
         # [N, rows, stride2, groups, groups + 2 radius]
         product = a @ b.narrow(1, dy * stride2, rows)
-        bands.append(_band(product, 2 * radius + 1))
-    # [N, rows, stride2, groups, dy, dx] -> [N, dy * dx, rows, columns]
-    volume = torch.stack(bands, dim=4).permute(0, 4, 5, 1, 3, 2)
-    volume = volume.flatten(4).narrow(4, 0, columns).flatten(1, 2)
+        # [N, dx, rows, groups, stride2]; turned one by one, which takes a fifth of the time.
+        bands.append(_band(product, 2 * radius + 1).permute(0, 4, 1, 3, 2))
+    # [N, dy * dx, rows, columns]
+    volume = torch.cat(bands, dim=1).flatten(3).narrow(3, 0, columns)
     if kernel_size > 1:
         return F.avg_pool2d(volume, kernel_size, stride=stride1)
     return volume[:, :, ::stride1, ::stride1]
@@ -142,7 +142,9 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
     # Border padding in grid_sample clamps the coordinate itself, which between the last column and
     # the image's edge gives what clamping the neighbour gives.
-    grid = torch.stack((2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1), dim=-1)
+    # Joined as planes, then turned: OpenVINO takes five times as long to join them pixel by pixel.
+    grid = torch.stack((2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1), dim=1)
+    grid = grid.permute(0, 2, 3, 1)
     sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return sampled * inside[:, None].to(image.dtype)
 
