@@ -50,7 +50,7 @@ def parameters(model: FlowNet2) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def test_the_four_caffe_forms_hold_the_same(tmp_path: Path) -> None:
+def test_the_three_caffe_formats_hold_the_same(tmp_path: Path) -> None:
     blobs = make_blobs(["c", "s"], 3 / 8)
     network = NETWORKS["FlowNet2-cs"]
     hdf5, _ = load_weights(network, write_h5(tmp_path / "a.caffemodel.h5", blobs))
