@@ -45,11 +45,9 @@ def stack() -> Iterator[Stack]:
         yield running
 
 
-@pytest.fixture(
-    scope="session", params=EXPORTS, ids=lambda p: f"{p[0]}-{'fp16' if p[1] else 'fp32'}"
-)
+@pytest.fixture(scope="session", params=EXPORTS)
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Exported]:
-    """Every architecture in turn; tests that use it run together for each, across files."""
+    """Architectures in turn; tests that use it run together for each, across files."""
     yield from export(*request.param, tmp_path_factory.mktemp("exported"))

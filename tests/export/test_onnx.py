@@ -65,6 +65,12 @@ def test_the_contracts_graph(exported: Exported) -> None:
             "plugin_version": b"1",
             "plugin_namespace": b"flownet2",
         }
+    network = exported.model.network
+    assert {entry.key: entry.value for entry in proto.metadata_props} == {
+        "network": network.name,
+        "width": str(network.width),
+        "precision": "fp16" if exported.half else "fp32",
+    }
     weights = {t.data_type for t in proto.graph.initializer if len(t.dims) == 4}
     assert weights == {onnx.TensorProto.FLOAT16 if exported.half else onnx.TensorProto.FLOAT}
     assert str(Path(__file__).parents[2]).encode() not in proto.SerializeToString()

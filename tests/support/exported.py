@@ -1,10 +1,12 @@
 """Exported networks with random weights, for the tests of what reads them."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
 
 from export.graph import export_onnx
@@ -12,14 +14,20 @@ from export.half import to_half
 from export.networks import NETWORKS, FlowNet2
 
 # One of each architecture; the other names differ in their weights alone.
-ARCHITECTURES = list(
-    {(n.cascade, n.width, n.fusion): name for name, n in NETWORKS.items()}.values()
-)
+ARCHITECTURES: dict[object, str] = {}
+for _network in NETWORKS.values():
+    ARCHITECTURES.setdefault((_network.cascade, _network.width, _network.fusion), _network.name)
+# Between them they have every block, alone and after others.
+USUAL = ("FlowNet2-ss", "FlowNet2-cs", "FlowNet2-SD", "FlowNet2")
 EXPORTS = [
-    *((name, False) for name in ARCHITECTURES),
-    ("FlowNet2-c", True),
-    ("FlowNet2-css", True),
-    ("FlowNet2", True),
+    pytest.param(
+        (name, half),
+        id=f"{name}-{'fp16' if half else 'fp32'}",
+        marks=() if name in USUAL else pytest.mark.long,
+    )
+    for name in ARCHITECTURES.values()
+    for half in (False, True)
+    if not half or name in ("FlowNet2-c", "FlowNet2-css", "FlowNet2")
 ]
 
 
@@ -50,10 +58,15 @@ def random_weights(name: str) -> FlowNet2:
     return model
 
 
+@functools.lru_cache(maxsize=1)
+def _in_float(name: str) -> tuple[FlowNet2, onnx.ModelProto]:
+    model = random_weights(name)
+    return model, export_onnx(model)
+
+
 def export(name: str, half: bool, folder: Path) -> Iterator[Exported]:
     """One of EXPORTS; its file is removed afterwards, all of them together being large."""
-    model = random_weights(name)
-    proto = export_onnx(model)
+    model, proto = _in_float(name)
     if half:
         proto = to_half(proto)
     file = folder / "model.onnx"
