@@ -17,9 +17,6 @@ ROOT = Path(__file__).parents[1]
 STEPS = 16
 """Of the rounded flow in a pixel."""
 
-REPETITIONS = 10
-"""Requests, of which the fastest is kept: whatever else the machine did slowed the others."""
-
 
 def write_sample(pair: Path, url: str, folder: Path) -> None:
     """Write the page's sample: image1.jpg, image2.jpg, flow.npz and about.json."""
@@ -28,22 +25,17 @@ def write_sample(pair: Path, url: str, folder: Path) -> None:
         file = folder / f"{name}.jpg"
         Image.open(pair / f"frame{index}.png").save(file, quality=92)
         images[name] = file.read_bytes()
-    answers = [
-        httpx.post(
-            f"{url}/estimate_flow/?size=native&direction=both",
-            files=images,
-            headers={"Accept": "application/x-npz"},
-            timeout=60,
-        ).raise_for_status()
-        for _ in range(REPETITIONS)
-    ]
-    answer = min(answers, key=lambda one: one.elapsed)
+    answer = httpx.post(
+        f"{url}/estimate_flow/?size=native&direction=both",
+        files=images,
+        headers={"Accept": "application/x-npz"},
+        timeout=60,
+    ).raise_for_status()
     arrays = np.load(io.BytesIO(answer.content))
     flow = np.round(arrays["flow"] * STEPS) / np.float32(STEPS)
     np.savez_compressed(folder / "flow.npz", flow=flow, occluded=arrays["occluded"])
     models = httpx.get(f"{url}/models").raise_for_status().json()["models"]
     about = next(model for model in models if model["default"])
-    about["server_timing"] = answer.headers["Server-Timing"]
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
 
 

@@ -99,6 +99,7 @@ function display(result, rate) {
   $("longest").textContent = `longest ${viewer.longest.toFixed(1)} px`;
   showScale();
   showModel($("about"), model, answer.flow, rate);
+  $("timing").hidden = answer.stages.length === 0;
   showStages({ bar: $("bar"), list: $("stages"), total: $("total") }, answer.stages);
   showCode(asked);
 }

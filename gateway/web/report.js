@@ -36,7 +36,7 @@ export function showModel(list, model, { width, height }, roundTrip) {
 export function showStages({ bar, list, total }, stages) {
   const all = Object.fromEntries(stages);
   const rows = Object.keys(STAGES).filter((name) => name in all);
-  total.textContent = "total" in all ? all.total.toFixed(0) : "";
+  total.textContent = all.total?.toFixed(0) ?? "";
   bar.replaceChildren(
     ...rows.map((name) => {
       const part = document.createElement("span");
