@@ -14,7 +14,7 @@ def test_correlation(case: Case) -> None:
     a, b = case.inputs()
     volume = operators.correlation(torch.from_numpy(a), torch.from_numpy(b), **case.attributes)
     assert volume.shape == case.output_shape
-    np.testing.assert_allclose(volume.numpy(), brute_force(case, a, b), atol=1e-4)
+    np.testing.assert_allclose(volume.numpy(), brute_force(case, a, b), atol=1e-5)
 
 
 def test_correlation_gradient() -> None:
