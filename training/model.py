@@ -1,4 +1,4 @@
-"""The networks as they are trained: a cascade, FlowNetC with a factored layer, initial weights.
+"""FlowNetC as it is trained, with a factored layer, and weights to begin with.
 
 FlowNetC reads its 441 correlation channels through a 3x3 convolution, three tenths of all the
 arithmetic, whose weights for far displacements hardly ever see a match. In training the 441
@@ -9,107 +9,17 @@ itself learned; both are linear, so that the product is the plain convolution of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.networks import (
-    NETWORKS,
-    Conv,
-    EncoderDecoder,
-    FlowNet2,
-    FlowNetC,
-    flow_scale,
-)
+from export.networks import Conv, EncoderDecoder, FlowNet2, FlowNetC
 from training.cost import RADIUS, cost_volume
 
 FLOW_CHANNELS = (9, 10)  # of a refining S's inputs
-
-
-def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
-    """Copy those blocks of a weights file that `model` has too, and the means; which they are, and
-    where the file comes from.
-
-    Raises:
-        WeightsError: the file is unreadable, of no network or of one of another width.
-    """
-    # Asks for more than PyTorch and NumPy.
-    from export.weights import WeightsError, load_weights, read_weights  # noqa: PLC0415
-    from export.weights.load import differences  # noqa: PLC0415
-
-    file = read_weights(path)
-    width = model.network.width
-    fitting = [n for n in NETWORKS.values() if n.width == width and not differences(n, file)]
-    if not fitting or file.mean1 is None:
-        raise WeightsError(f"{path.name} holds no blocks that {model.network.name} has")
-    stored, _ = load_weights(fitting[0], path)
-    model.mean1.copy_(stored.mean1)
-    model.mean2.copy_(stored.mean2)
-    blocks = set(model.blocks) & set(stored.blocks)
-    for block in blocks:
-        model.blocks[block].load_state_dict(stored.blocks[block].state_dict())
-    return blocks, file.source
-
-
-class Trainee(nn.Module):
-    """A network, up to the last of its `blocks` that is trained; the others stay as they are."""
-
-    def __init__(self, model: FlowNet2, blocks: Collection[str]) -> None:
-        super().__init__()
-        self.model = model
-        names = list(model.blocks)
-        self.names = names[: 1 + max(names.index(block) for block in blocks)]
-        self.blocks = [block for block in self.names if block in blocks]
-        for name, block in model.blocks.items():
-            block.requires_grad_(name in blocks)
-        first = model.blocks["net1"] if "net1" in blocks else None
-        self.matcher = TrainingC(first) if isinstance(first, FlowNetC) else None
-        self.scale = flow_scale(self.blocks[-1])
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters in training, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def modules_of(self, block: str) -> list[nn.Module]:
-        """What holds the parameters of a block in training."""
-        if self.matcher is not None and block == "net1":
-            return [self.matcher]
-        return [self.model.blocks[block]]
-
-    def cost(self, images: Tensor) -> Tensor:
-        """FlowNetC's cost volume of images [2, N, 3, H, W], BGR in 0..1."""
-        assert self.matcher is not None
-        return self.matcher.features(images - self.means())[1]
-
-    def forward(self, images: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
-        """Each trained block's predictions, coarsest first in units of `scale` pixels, and
-        FlowNetC's cost volume if it is trained; from images [2, N, 3, H, W], BGR in 0..1."""
-        images = images - self.means()
-        first, second = images
-        predictions: list[list[Tensor]] = []
-        cost = None
-        flows: dict[str, Tensor] = {}
-        for name in self.names:
-            if name == "net1" and self.matcher is not None:
-                features, cost = self.matcher.features(images)
-                levels = self.matcher.decode(features, cost)
-            else:
-                inputs = self.model.inputs(name, first, second, flows)
-                levels = self.model.blocks[name](
-                    *(x.contiguous(memory_format=torch.channels_last) for x in inputs)
-                )
-            flows[name] = levels[-1].float() * flow_scale(name)
-            if name in self.blocks:
-                predictions.append(levels)
-        return predictions, cost
-
-    def means(self) -> Tensor:
-        """What is subtracted from the images: [2, 1, 3, 1, 1]."""
-        return torch.stack((self.model.mean1, self.model.mean2))[:, None]
 
 
 def displacement_basis() -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from export.networks import NETWORKS, FlowNet2
 from export.weights import save_weights
-from training.model import Trainee
+from training.trainee import Trainee
 
 LICENSE = "GPL-3.0-or-later"
 

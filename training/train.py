@@ -37,17 +37,11 @@ from export.networks import NETWORKS, EncoderDecoder, FlowNet2
 from export.networks.operators import resample
 from flownet2.measures import end_point_error
 from training.loss import LEVEL_WEIGHTS, endpoint_error, matching_loss, multiscale_loss
-from training.model import (
-    Trainee,
-    carry_flow,
-    channel_means,
-    initialise,
-    initialise_from_data,
-    take_weights,
-)
+from training.model import carry_flow, channel_means, initialise, initialise_from_data
 from training.pairs import Pair, read_pairs
 from training.pool import SMALL, Batch, ScenePool
 from training.textures import Textures
+from training.trainee import Trainee, take_weights
 from training.workers import Workers
 
 AVERAGE_DECAY = 0.998  # a step

@@ -19,7 +19,6 @@ from training import train
 from training.cost import cost_volume
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
 from training.model import (
-    Trainee,
     TrainingC,
     carry_flow,
     channel_means,
@@ -30,6 +29,7 @@ from training.pool import ScenePool
 from training.ship import finished_model
 from training.textures import Textures
 from training.train import ResumeError, Trainer, UnsupportedNetworkError, parse
+from training.trainee import Trainee
 
 MakeTrainer = Callable[..., Trainer]
 SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--float32", "--device", "cpu"]
