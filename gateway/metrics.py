@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import resource
+from pathlib import Path
 from typing import Literal
 
 from prometheus_client import (
@@ -76,13 +78,22 @@ class Metrics:
         )
 
         def gauge(name: str, meaning: str, mode: Literal["livesum", "livemax"]) -> Gauge:
-            return Gauge(f"flownet2_{name}", meaning, registry=registry, multiprocess_mode=mode)
+            return Gauge(name, meaning, registry=registry, multiprocess_mode=mode)
 
         self._limits, self._cluster = limits, cluster
-        self._admitted = gauge("admitted", "Requests for flow that are in", "livesum")
-        self._slots_used = gauge("slots_used", "Slots held by requests in flight", "livesum")
-        self._slots = gauge("slots", "Slots there are", "livesum")
-        self._endpoints = gauge("endpoints_serving", "Tritons that serve a model", "livemax")
+        self._admitted = gauge("flownet2_admitted", "Requests for flow that are in", "livesum")
+        self._slots_used = gauge(
+            "flownet2_slots_used", "Slots held by requests in flight", "livesum"
+        )
+        self._slots = gauge("flownet2_slots", "Slots there are", "livesum")
+        self._endpoints = gauge(
+            "flownet2_endpoints_serving", "Tritons that serve a model", "livemax"
+        )
+
+        # In place of ProcessCollector's, which is of one process.
+        self._memory: Gauge | None = None
+        if SHARED_FOLDER in os.environ:
+            self._memory = gauge("process_resident_memory_bytes", "Resident memory", "livesum")
 
     async def keep_current(self) -> None:
         """Set the gauges every second, for ever: other processes ask for them."""
@@ -95,6 +106,9 @@ class Metrics:
         self._admitted.set(limits.requests.size - limits.requests.free)
         self._slots_used.set(limits.slots.size - limits.slots.free)
         self._slots.set(limits.slots.size)
+        if self._memory:
+            pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+            self._memory.set(int(pages) * resource.getpagesize())
         self._endpoints.set(sum(bool(endpoint.models) for endpoint in self._cluster.endpoints))
 
     def exposition(self) -> bytes:

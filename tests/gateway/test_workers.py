@@ -1,5 +1,6 @@
 """Several gateway processes on one port."""
 
+import re
 import signal
 import threading
 from pathlib import Path
@@ -45,6 +46,10 @@ def test_processes_count_together_are_replaced_and_drain(
         def metric(text: str) -> bool:
             return f"flownet2_{text}\n" in httpx.get(f"{gateway.url}/metrics").text
 
+        def metric_value(name: str) -> float:
+            text = httpx.get(f"{gateway.url}/metrics").text
+            return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
+
         def post(model: str = "flownet2") -> int:
             url = f"{gateway.url}{PATH}?model={model}"
             return httpx.post(url, json=BODY, timeout=60).status_code
@@ -52,6 +57,8 @@ def test_processes_count_together_are_replaced_and_drain(
         wait_until(lambda: metric("slots 6.0") and metric("endpoints_serving 1.0"))
         assert [post() for _ in range(10)] == [200] * 10
         assert metric('requests_total{outcome="ok",path="/estimate_flow/"} 10.0')
+
+        assert metric_value("process_resident_memory_bytes") > 50e6
 
         first, second = workers(gateway)
         first.kill()
