@@ -207,7 +207,11 @@ async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
                 except OSError as error:
                     fault = str(error)
                 faults += [fault] if fault else []
-            if "flownet2_endpoints_serving 2.0" not in (await client.get("/metrics")).text:
+            try:
+                metrics = (await client.get("/metrics")).text
+            except httpx.TransportError as error:
+                metrics = repr(error)
+            if "flownet2_endpoints_serving 2.0" not in metrics:
                 faults.append("the gateway does not use both Tritons")
     return faults
 
