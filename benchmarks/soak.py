@@ -257,7 +257,8 @@ def request(seed: int) -> dict[str, bytes]:
 def memory(service: Server) -> tuple[str, str]:
     """MiB that the gateway holds, and those used in /dev/shm."""
     assert service.child
-    resident = psutil.Process(service.child.pid).memory_info().rss
+    parent = psutil.Process(service.child.pid)
+    resident = sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True)))
     return f"{resident / 2**20:.0f}", f"{shutil.disk_usage(FOLDER).used / 2**20:.0f}"
 
 
