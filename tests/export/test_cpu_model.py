@@ -168,7 +168,6 @@ def test_every_network_is_right_at_every_size(
         assert error < limit, size
 
 
-@needs_bfloat16
 def test_only_wide_convolutions_are_cast(onnx_file: Path) -> None:
     """Nothing that carries flow, coordinates or the cost volume may lose its mantissa."""
     inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
@@ -198,7 +197,6 @@ def test_only_wide_convolutions_are_cast(onnx_file: Path) -> None:
     assert sum(node in bfloat16 for node in convolutions) == 2 + 1 + 7 + 4 + 8 + 4
 
 
-@needs_bfloat16
 def test_weights_are_rounded_to_the_nearest(onnx_file: Path) -> None:
     """OpenVINO's own conversion shrinks them, by half a unit on average."""
     inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
@@ -218,14 +216,18 @@ def test_weights_are_rounded_to_the_nearest(onnx_file: Path) -> None:
     assert all(data.tobytes() in nearest for data in weights_and_biases)
 
 
-@needs_bfloat16
-def test_bfloat16_is_chosen_where_the_cpu_has_it(onnx_file: Path) -> None:
-    assert Engine(onnx_file).precision == "bf16"
-
-
-def test_float32_is_chosen_elsewhere(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self, **options: "flags : fpu sse2 avx2 avx512f")
-    assert not has_bfloat16()
+@pytest.mark.parametrize(("flag", "precision"), [("avx512_bf16", "bf16"), ("avx512f", "f32")])
+def test_bfloat16_is_chosen_where_the_cpu_has_it(
+    onnx_file: Path, monkeypatch: pytest.MonkeyPatch, flag: str, precision: str
+) -> None:
+    """And weights are rounded to it there, and only there."""
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: f"flags : fpu sse2 {flag}")
+    made = Engine(onnx_file)
+    assert made.precision == precision
+    monkeypatch.undo()
+    images = pair(64, 128)
+    same = np.array_equal(made(*images), Engine(onnx_file, "f32")(*images))
+    assert same == (precision == "f32")
 
 
 @pytest.mark.parametrize(
