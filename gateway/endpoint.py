@@ -69,6 +69,7 @@ class Model:
 
     name: str
     version: str
+    backend: str
     network: str | None
     parameters: int | None
     weights_source: str | None
@@ -231,6 +232,7 @@ class Endpoint:
         return Model(
             name,
             version,
+            found.config.backend,
             facts.get("network"),
             int(count) if count.isdecimal() else None,
             facts.get("weights_source"),

@@ -48,6 +48,9 @@ class EndpointHealth(BaseModel):
     address: str
     version: str = Field(description="Triton's version; empty while it was never reached")
     models: list[str] = Field(description="models that it serves, those that answer")
+    backends: list[str] = Field(
+        description="what computes them: tensorrt, onnxruntime (no engine was there), python (CPU)"
+    )
     error: str = Field(description="why it serves nothing, or not all of its models")
 
 
@@ -105,6 +108,7 @@ async def healthz(state: SharedState) -> Health:
                 address=endpoint.address,
                 version=endpoint.version,
                 models=sorted(endpoint.models),
+                backends=sorted({model.backend for model in endpoint.models.values()}),
                 error=endpoint.error,
             )
             for endpoint in state.cluster.endpoints

@@ -478,6 +478,7 @@ class TestObservability:
         assert health["model"]["version"] == "1"
         (server,) = health["triton"]
         assert server["version"] == "2.51.0"
+        assert server["backends"] == ["python"]
         assert "wrong_type: output flow is FP16" in server["error"]
         assert (
             "wrong_name: input frame2 is UINT8" in server["error"]
