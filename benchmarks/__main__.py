@@ -55,7 +55,6 @@ def sections() -> Iterator[str]:
             yield f"## Accuracy of the shipped {network}\n\n{errors}"
             yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
             yield f"## The command, {network}, 512x512\n\n{command.throughput(address)}"
-            yield f"## The command's memory\n\n{command.memory(address)}"
     yield f"## The web layer alone, before a model that takes no time\n\n{web.compare(WEB_SECONDS)}"
 
 

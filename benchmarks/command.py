@@ -1,6 +1,7 @@
 """`flownet2 run` on videos: its speed beside perf_analyzer's, and its memory by a video's length.
 
-`python -m benchmarks.command` measures a Triton of its own, with the shipped weights.
+`python -m benchmarks.command` measures both at a Triton of its own with the shipped weights, in
+some ten minutes; `make bench` the first.
 """
 
 import re
