@@ -78,7 +78,8 @@ def _started(say: Callable[[str], None]) -> Iterator[str]:
     say("no server answers: starting one for this command")
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launch"],
+            # However the command ends, the server ends with it.
+            ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "launch"],
             cwd=CHECKOUT,
             env={**os.environ, "HOST": "127.0.0.1", **ports},
             stdout=log,
