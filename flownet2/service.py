@@ -79,7 +79,7 @@ def _started(say: Callable[[str], None]) -> Iterator[str]:
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             # However the command ends, the server ends with it.
-            ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "launch"],
+            ["/usr/bin/setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "launch"],
             cwd=CHECKOUT,
             env={**os.environ, "HOST": "127.0.0.1", **ports},
             stdout=log,
