@@ -24,6 +24,10 @@ from gateway.system import end_with_parent, tune_malloc
 ANNOUNCE = signal.SIGUSR1
 """Tells a process that it will be asked to end: its `/readyz` fails from now on."""
 
+HANG_SECONDS = 30
+"""A process that says nothing for so long is replaced. Encoding a large flow as JSON holds Python's
+lock for most of a second, and several threads may do so in turns."""
+
 
 class Supervisor(Multiprocess):
     """Stops as one process does: first `/readyz` fails, after a delay nothing is accepted."""
@@ -37,7 +41,7 @@ class Supervisor(Multiprocess):
     def handle_term(self) -> None:
         """Begin to stop."""
         for process in self.processes:
-            if process.pid:
+            if process.pid and process.exitcode is None:
                 os.kill(process.pid, ANNOUNCE)
         self.should_exit.wait(self._delay_s)
         super().handle_term()
@@ -67,7 +71,11 @@ def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
     with tempfile.TemporaryDirectory(prefix="gateway-metrics-", dir="/dev/shm") as folder:
         os.environ[SHARED_FOLDER] = folder
         config = uvicorn.Config(
-            "gateway.workers:create_worker", factory=True, workers=settings.processes, **options
+            "gateway.workers:create_worker",
+            factory=True,
+            workers=settings.processes,
+            timeout_worker_healthcheck=HANG_SECONDS,
+            **options,
         )
         supervisor = Supervisor(config, [listener], settings.shutdown_delay_s)
         supervisor.run()
