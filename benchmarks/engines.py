@@ -16,15 +16,16 @@ import onnxruntime
 import torch
 from tritonclient import grpc
 
+from benchmarks.perf_analyzer import SIZE
 from benchmarks.report import milliseconds, table
 from export.cpu.engine import Engine, available_cores, has_bfloat16
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
+from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
 from launch import triton
 
 NETWORK = "FlowNet2"
-SIZE = 512
 ROUNDS = 5
 
 Images = npt.NDArray[np.uint8]
@@ -106,7 +107,9 @@ def onnx_runtime(file: Path) -> Estimate:
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def estimate(image1: Images, image2: Images) -> npt.NDArray[np.float32]:
-        flow: npt.NDArray[np.float32] = session.run(None, {"image1": image1, "image2": image2})[0]
+        flow: npt.NDArray[np.float32] = session.run(
+            None, dict(zip(IMAGE_INPUTS, (image1, image2), strict=True))
+        )[0]
         return flow
 
     return estimate
@@ -117,8 +120,8 @@ def infer(
 ) -> npt.NDArray[np.float32]:
     """A request to Triton's model ``flownet2``."""
     inputs = []
-    for name, image in (("image1", image1), ("image2", image2)):
-        inputs.append(grpc.InferInput(name, list(image.shape), "UINT8"))
+    for name, image in zip(IMAGE_INPUTS, (image1, image2), strict=True):
+        inputs.append(grpc.InferInput(name, list(image.shape), IMAGE_TYPE))
         inputs[-1].set_data_from_numpy(image)
-    flow: npt.NDArray[np.float32] = client.infer("flownet2", inputs).as_numpy("flow")
+    flow: npt.NDArray[np.float32] = client.infer(MODEL_NAME, inputs).as_numpy(FLOW_OUTPUT)
     return flow

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from export.repository import DESCRIPTION, MODEL, write_model
+from flownet2.contract import MODEL_NAME
 
 FOLDER = Path(__file__).parent.parent / "weights"
 WEIGHTS = FOLDER / "flownet2.safetensors"
 GRAPH = FOLDER / "flownet2.onnx"
-NAME = "flownet2"
 SHIPPED = "shipped_weights"  # a parameter that no other model's description has
 
 
@@ -56,7 +56,7 @@ def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
 def write_shipped(repository: Path) -> str:
     """Write the shipped model to ``<repository>/flownet2``; returns its network's name."""
     model, description = shipped_model()
-    write_model(repository, NAME, model, description)
+    write_model(repository, MODEL_NAME, model, description)
     return description["network"]
 
 
@@ -68,7 +68,7 @@ def _name_in_file(parameter: str) -> str:
 
 def holds_other_model(repository: Path) -> bool:
     """Whether a model of other weights was exported to ``<repository>/flownet2``."""
-    version = repository / NAME / "1"
+    version = repository / MODEL_NAME / "1"
     if not ((version / MODEL).is_file() and (version / DESCRIPTION).is_file()):
         return False
     return SHIPPED not in (version / DESCRIPTION).read_text(encoding="utf-8")
@@ -97,9 +97,11 @@ def main(arguments: list[str]) -> None:
     if options.write_graph:
         write_graph()
     elif options.keep_other and holds_other_model(options.repository):
-        print(f"{options.repository / NAME} keeps its other weights; `make model` replaces them")
+        print(
+            f"{options.repository / MODEL_NAME} keeps its other weights; `make model` replaces them"
+        )
     else:
-        print(f"{write_shipped(options.repository)} -> {options.repository / NAME}")
+        print(f"{write_shipped(options.repository)} -> {options.repository / MODEL_NAME}")
 
 
 if __name__ == "__main__":

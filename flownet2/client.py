@@ -134,14 +134,14 @@ class _Gateway:
             name: (name, await asyncio.to_thread(frame.file))
             for name, frame in zip(IMAGE_INPUTS, (first, second), strict=True)
         }
-        answer = await self._ask(
+        response = await self._ask(
             "POST",
             "/estimate_flow/",
             params={**self._query, **({"direction": "both"} if both else {})},
             files=files,
             headers={"Accept": f"application/x-{'npz' if both else 'npy'}"},
         )
-        content: Any = np.load(io.BytesIO(answer), allow_pickle=False)
+        content: Any = np.load(io.BytesIO(response), allow_pickle=False)
         if not both:
             return Result(content)
         return Result(*(content[name] for name in ("flow", "flow_backward", "occluded")))
@@ -351,7 +351,7 @@ class AsyncClient:
             direction: from the first to the second, the reverse, or both.
 
         Raises:
-            FlowError: the images cannot be read or differ in size, or no server has an answer.
+            FlowError: the images cannot be read or differ in size, or no server returns a flow.
         """
         try:
             first, second = await asyncio.to_thread(_checked, image1, image2)

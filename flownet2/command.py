@@ -17,6 +17,7 @@ import typer
 
 from flownet2 import service
 from flownet2.client import AsyncClient, Client, Direction, FlowError
+from flownet2.contract import MINIMUM_SIDE
 from flownet2.formats import FORMATS, FormatError, known, named_format, read_flow, write_flow
 from flownet2.manifest import ManifestError
 from flownet2.service import NoServer
@@ -130,7 +131,9 @@ def run(
     ] = False,
     max_edge: Annotated[
         int | None,
-        typer.Option(min=16, help="Reduce frames to this longer edge; the flow is of that size."),
+        typer.Option(
+            min=MINIMUM_SIDE, help="Reduce frames to this longer edge; the flow is of that size."
+        ),
     ] = None,
     bound: Annotated[
         float, typer.Option(min=0.1, help="Flow at the ends of the range of jpg, in pixels.")

@@ -20,7 +20,7 @@ class Budget:
 
 
 class Reservation:
-    """What one request holds of a budget, nothing at first; a `with` block gives it back."""
+    """What one request holds of a budget, 0 at first; a `with` block gives it back."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
@@ -66,8 +66,8 @@ class Limits:
     """The gateway's budgets: requests that are in, bytes of bodies received, slots of work in
     flight, and bytes of responses that their clients have not read.
 
-    A request that finds no place, or no room for its body, is refused at once. Slots and responses
-    are waited for: how many can wait is bounded by the number of requests.
+    A request beyond the first budget, or whose body is beyond the second, is refused at once. Slots
+    and responses are waited for: how many can wait is bounded by the number of requests.
     """
 
     def __init__(self, max_in_flight: int, max_waiting: int, max_buffered_bytes: int) -> None:

@@ -67,12 +67,11 @@ class Cluster:
         """Follow one name's addresses, for ever; while it does not resolve, those it had."""
         while True:
             try:
-                answers = await asyncio.get_running_loop().getaddrinfo(
+                found = await asyncio.get_running_loop().getaddrinfo(
                     host, port, type=socket.SOCK_STREAM
                 )
                 self._addresses[host, port] = {
-                    f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}"
-                    for *_, (ip, *_) in answers
+                    f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for *_, (ip, *_) in found
                 }
                 self._follow(set().union(*self._addresses.values()))
             except OSError as error:
@@ -131,7 +130,7 @@ class Cluster:
 
         Args:
             model: name of the model.
-            deadline: time of the event loop's clock at which nobody waits for the answer any more.
+            deadline: time of the event loop's clock at which nobody waits for the flow any more.
             request_id: passed to Triton.
             headers: gRPC metadata, for tracing.
 

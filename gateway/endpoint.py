@@ -30,13 +30,13 @@ OUTPUTS = {contract.FLOW_OUTPUT: (contract.FLOW_TYPE, [-1, -1, -1, 2])}
 
 POLL_SECONDS = 0.5
 CANARY_SECONDS = 3.0
-"""After so long without a flow from an idle endpoint it is asked for one."""
+"""An idle endpoint that has returned no flow for so long is asked for one."""
 CANARY = np.zeros((1, contract.SIZE_MULTIPLE, contract.SIZE_MULTIPLE, 3), np.uint8)
 PATIENCE_SECONDS = 10.0
-"""A Triton that computes on all cores may answer late; one that is gone refuses at once."""
+"""A Triton that computes on all cores may respond late; one that is gone refuses at once."""
 
 LONGEST_FLOW = 4
-"""Longest component of a flow that can be one, in sides of its image."""
+"""Largest component of flow that is believed, in sides of the image."""
 
 _MESSAGE_LIMIT = 2**31 - 1
 _CHANNEL = [
@@ -127,21 +127,21 @@ def _shown(tensor: tuple[str, list[int]] | None) -> str:
 
 
 def check_flow(response: Any, count: int, height: int, width: int) -> Flow:
-    """Make sure that what a model gave are so many flows of this size, [count, height, width, 2].
+    """The flows in a response, checked to be [count, height, width, 2].
 
     Raises:
-        ModelFailed: another shape or type, values that are not finite, or longer than any motion.
+        ModelFailed: another shape or type, values that are not finite, or far beyond the image.
     """
     expected = [(contract.FLOW_OUTPUT, contract.FLOW_TYPE, [count, height, width, 2])]
     given = [(one.name, one.datatype, list(one.shape)) for one in response.outputs]
     if given != expected:
-        raise ModelFailed(f"The model answered {given} instead of {expected}.")
+        raise ModelFailed(f"The model returned {given} instead of {expected}.")
     flow: Flow = np.frombuffer(response.raw_output_contents[0], np.float32)
     flow = flow.reshape(count, height, width, 2)
     # Few vectors are longer than their image, and a NaN is not less than anything.
     limit = LONGEST_FLOW * max(height, width, contract.SIZE_MULTIPLE)
     if not (flow.max() < limit and flow.min() > -limit):
-        raise ModelFailed("The model answered values that are not finite, or far beyond the image.")
+        raise ModelFailed("The model returned values that are not finite, or far beyond the image.")
     return flow
 
 
@@ -157,10 +157,10 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         # What Triton calls ready may be dead (a Python backend's process that was killed), so these
-        # are served again after an answer.
+        # are served only once they have returned a flow.
         self.unproven = {self.default_model}
         self._in_flight = 0
-        self._answered = -math.inf
+        self._last_flow = -math.inf
         # The stub itself: tritonclient's class around it takes twice the processor time.
         self.channel = aio.insecure_channel(self.address, options=_CHANNEL)
         self._stub = GRPCInferenceServiceStub(self.channel)
@@ -212,7 +212,7 @@ class Endpoint:
         Raises:
             EndpointLost, GatewayError: there was none.
         """
-        idle = not self._in_flight and time.monotonic() - self._answered > CANARY_SECONDS
+        idle = not self._in_flight and time.monotonic() - self._last_flow > CANARY_SECONDS
         if model in self.unproven or (idle and model == self.default_model):
             await self.infer(
                 model, CANARY, CANARY, timeout=PATIENCE_SECONDS, request_id="canary", headers={}
@@ -241,7 +241,7 @@ class Endpoint:
         )
 
     def lose(self, error: str) -> None:
-        """Use the endpoint no more, until it answers the next question."""
+        """Use the endpoint no more, until `watch` finds it serving."""
         self.models = {}
         self.error = error
 
@@ -286,5 +286,5 @@ class Endpoint:
         flow = check_flow(response, count, height, width)
         self.unproven.discard(model)
         if model == self.default_model:
-            self._answered = time.monotonic()
+            self._last_flow = time.monotonic()
         return flow

@@ -33,12 +33,12 @@ router = APIRouter()
 
 
 async def _admitted(state: SharedState) -> AsyncIterator[Reservation]:
-    """A place for the request, and room for its response, both held until that is sent."""
+    """Count the request, and reserve bytes for its response, until that is sent."""
     with (
-        Reservation(state.limits.requests) as place,
+        Reservation(state.limits.requests) as admitted,
         Reservation(state.limits.responses) as response_bytes,
     ):
-        place.grow(1)
+        admitted.grow(1)
         yield response_bytes
 
 
@@ -122,10 +122,10 @@ async def estimate_flow(
     def ended(task: asyncio.Task[EncodedFlow]) -> None:
         body_bytes.release()
         if not task.cancelled():
-            task.exception()  # somebody else has it, or nobody cares any more
+            task.exception()  # or asyncio logs it, where nobody waits for the task any more
 
     task.add_done_callback(ended)
-    flow = await _unless_late_or_alone(task, deadline, request.receive, settings.max_timeout_s)
+    flow = await _wait_for(task, deadline, request.receive, settings.max_timeout_s)
     state.metrics.response_bytes.observe(len(flow.content))
     headers = dict(zip(SCALE_HEADERS, map(repr, flow.scale), strict=True))
     headers["Vary"] = "Accept, Accept-Encoding"
@@ -157,7 +157,7 @@ class EncodedFlow:
     scale: tuple[float, float]
 
 
-async def _unless_late_or_alone(
+async def _wait_for(
     task: "asyncio.Task[EncodedFlow]", deadline: float, receive: Receive, max_timeout_s: float
 ) -> EncodedFlow:
     """What a task returns, unless the deadline passes or the client goes away first.

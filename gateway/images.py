@@ -153,14 +153,14 @@ def _without_excess(data: bytes) -> bytes:
     png = data.startswith(b"\x89PNG")
     if not png and not data.startswith(b"RIFF"):
         return data
-    place = 8 if png else 12
+    offset = 8 if png else 12
     for _ in range(MAX_PARTS):
         if png:
-            place += 12 + int.from_bytes(data[place : place + 4])
+            offset += 12 + int.from_bytes(data[offset : offset + 4])
         else:
-            size = int.from_bytes(data[place + 4 : place + 8], "little")
-            place += 8 + size + size % 2
-        if place >= len(data):
+            size = int.from_bytes(data[offset + 4 : offset + 8], "little")
+            offset += 8 + size + size % 2
+        if offset >= len(data):
             return data
     raise ValueError(f"more than {MAX_PARTS} chunks")
 
@@ -176,19 +176,19 @@ def _without_metadata(jpeg: bytes) -> bytes:
     Raises:
         ValueError, IndexError: there are too many segments, or no pixels after them.
     """
-    kept, place = [b"\xff\xd8"], 2
+    kept, offset = [b"\xff\xd8"], 2
     for _ in range(MAX_PARTS):
-        place = jpeg.index(b"\xff", place)  # decoders skip what stands between segments
-        marker = jpeg[place + 1]
+        offset = jpeg.index(b"\xff", offset)  # decoders skip what stands between segments
+        marker = jpeg[offset + 1]
         if marker in _SCAN_OR_END:
-            return b"".join((*kept, memoryview(jpeg)[place:]))
+            return b"".join((*kept, memoryview(jpeg)[offset:]))
         if marker in _WITHOUT_LENGTH:
-            place += 1
+            offset += 1
             continue
-        end = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+        end = offset + 2 + int.from_bytes(jpeg[offset + 2 : offset + 4])
         if marker not in _METADATA:
-            kept.append(jpeg[place:end])
-        place = end
+            kept.append(jpeg[offset:end])
+        offset = end
     raise ValueError(f"more than {MAX_PARTS} segments before its pixels")
 
 
@@ -311,7 +311,7 @@ def to_rgb(image: Image.Image, field: str, native: bool) -> Pixels:
     then converted, as in the service that this one replaces.
 
     Raises:
-        DamagedImage: the pixels mean no colours, as those of a palette that is missing.
+        DamagedImage: the pixels have no colours: their palette is missing.
     """
     with _decoding(field):
         resized = image if native else image.resize(GRID, Image.Resampling.LANCZOS)

@@ -99,7 +99,7 @@ class ContextMiddleware:
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, but that a preflight which it refuses is told as other errors are."""
+    """Starlette's, with refused preflights reported like other errors."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """The response to a preflight.

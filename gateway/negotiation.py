@@ -19,7 +19,7 @@ JSON = "application/json"
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a response tells: one flow, or for both directions two and what they say of occlusion.
+    """What a response holds: one flow, or those of both directions and the occluded pixels.
 
     The flows are in pixels of the original images, on the grid that was asked for; `scale` holds
     the back factors of x and y.
@@ -63,7 +63,7 @@ def to_json(estimate: Estimate) -> bytes:
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-# In order of preference, where a client likes several equally.
+# In order of preference, where a client accepts several equally.
 FORMATS = {
     format.media_type: format
     for format in (
@@ -118,10 +118,10 @@ def _weights(header: str) -> dict[str, float]:
 
 
 def choose_format(accept: str, both_directions: bool) -> Format:
-    """The format on offer that an `Accept` header likes best; JSON for an empty one.
+    """The format on offer that an `Accept` header prefers; JSON for an empty one.
 
     Raises:
-        NotAcceptable: it likes none that can hold both directions, if it is to.
+        NotAcceptable: it accepts none, or none that can hold both directions where it is to.
     """
     if not accept.strip():
         return FORMATS[JSON]
@@ -141,9 +141,9 @@ def choose_format(accept: str, both_directions: bool) -> Format:
 
 
 def choose_encoding(accept_encoding: str) -> str | None:
-    """The content coding that an `Accept-Encoding` header likes best, None for no coding.
+    """The content coding that an `Accept-Encoding` header prefers, None for no coding.
 
-    One that it likes as much as no coding is taken, and `identity` is the last choice where it is
+    One that is as welcome as no coding is taken, and `identity` is the last choice where it is
     not named.
     """
     weights = _weights(accept_encoding)

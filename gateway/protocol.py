@@ -1,5 +1,5 @@
-"""HTTP as uvicorn reads it with h11, with limits on connections that ask for nothing, and with this
-service's response to what is no HTTP."""
+"""Uvicorn's HTTP by h11, with limits on idle connections and this service's response to bytes that
+are not HTTP."""
 
 import asyncio
 import resource
@@ -15,15 +15,14 @@ HEAD_SECONDS = 5.0
 """A connection whose request has no complete head for so long is closed."""
 
 MAX_CONNECTIONS = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 4096)
-"""With more, the one that has waited longest for a request makes room: there must be file
-descriptors left for all else."""
+"""With more, the one that has been idle longest is closed: file descriptors must be left over."""
 
 
 class Protocol(H11Protocol):
     """One connection."""
 
     _waiting: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}
-    """Connections that have no request, that which waits longest first, and the end of each."""
+    """Idle connections, longest idle first, with the timer that closes each."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -43,7 +42,7 @@ class Protocol(H11Protocol):
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing."""
+        """Stop waiting."""
         super().connection_lost(exc)
         self._stop_waiting()
 
@@ -59,7 +58,7 @@ class Protocol(H11Protocol):
             end.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Tell what bytes that are no request are, and hang up."""
+        """Respond with a problem to bytes that are not HTTP, and close the connection."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response is on its way
             self.transport.close()
             return

@@ -55,7 +55,7 @@ class EndpointHealth(BaseModel):
 
 
 class Health(BaseModel):
-    """The gateway and what it stands on."""
+    """The gateway and the Tritons behind it."""
 
     status: Literal["ok", "unavailable", "stopping"]
     version: str = Field(description="the gateway's version")

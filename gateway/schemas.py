@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gateway.body import FORM_FIELDS, JSON_FIELDS, MULTIPART
 from gateway.errors import MEDIA_TYPE, GatewayError
 from gateway.negotiation import FORMATS, JSON
 
@@ -55,7 +56,7 @@ FLOW_REQUEST = {
     "content": {
         JSON: {
             "schema": _images(
-                ("image1_base64", "image2_base64"),
+                JSON_FIELDS,
                 {
                     "type": "string",
                     "format": "byte",
@@ -64,11 +65,9 @@ FLOW_REQUEST = {
                     "prefix of a data URL",
                 },
             ),
-            "example": {"image1_base64": _EXAMPLE, "image2_base64": _EXAMPLE},
+            "example": dict.fromkeys(JSON_FIELDS, _EXAMPLE),
         },
-        "multipart/form-data": {
-            "schema": _images(("image1", "image2"), {"type": "string", "format": "binary"})
-        },
+        MULTIPART: {"schema": _images(FORM_FIELDS, {"type": "string", "format": "binary"})},
     },
 }
 """The request body of `/estimate_flow/`."""

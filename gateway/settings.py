@@ -6,6 +6,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from flownet2.contract import MODEL_NAME
+
 MIB = 2**20
 _CORES = len(os.sched_getaffinity(0))
 
@@ -47,7 +49,7 @@ class Settings(BaseSettings):
         description="OpenTelemetry collector (OTLP over HTTP) that gets the traces; "
         "needs the `otel` extra; none: no traces",
     )
-    default_model: str = Field(default="flownet2", description="model without `?model=`")
+    default_model: str = Field(default=MODEL_NAME, description="model without `?model=`")
     image_formats: Words = Field(
         default=["PNG", "JPEG", "WEBP"],
         min_length=1,

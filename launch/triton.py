@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flownet2.contract import MODEL_NAME
 from launch.check import answers_ok
 from launch.child import Child, Echo
 from launch.errors import LaunchError
@@ -117,9 +118,9 @@ def serve(
             "TRITON_METRICS_PORT": address.metrics_port,
         },
     )
-    wheel = _wheel()
-    environment = _environment(wheel)
-    stub = _stub(wheel, environment)
+    wheel = find_wheel()
+    environment = wheel_environment(wheel)
+    stub = find_stub(wheel, environment)
     with tempfile.TemporaryDirectory(prefix="flownet2-triton-") as folder:
         # The Python backend hands paths of models and of itself to a shell, unquoted.
         if shlex.quote(folder) != folder:
@@ -129,7 +130,7 @@ def serve(
             )
         models = Path(folder) / "models"
         assemble(models, [repository.resolve()])
-        backends = _backends(wheel, stub, Path(folder))
+        backends = link_backends(wheel, stub, Path(folder))
         command = [
             str(wheel / "bin" / "tritonserver"),
             *options(models, address, config_name),
@@ -177,7 +178,7 @@ def check_repository(repository: Path) -> None:
     models = sorted(path.parent for path in repository.glob("*/config.pbtxt"))
     incomplete = [model for model in models if not any(model.glob("*/model.*"))]
     if not models or incomplete:
-        missing = (incomplete[0] if incomplete else repository / "flownet2") / "1" / "model.onnx"
+        missing = (incomplete[0] if incomplete else repository / MODEL_NAME) / "1" / "model.onnx"
         raise LaunchError(
             f"{missing} is missing: `make model` writes it from the weights that ship, "
             f"`python -m export --network … --weights FILE --repository {repository}` from yours"
@@ -186,10 +187,10 @@ def check_repository(repository: Path) -> None:
 
 def wheel_libraries() -> Path:
     """Folder of the shared libraries that the wheel brings for tritonserver."""
-    return _wheel().parent.parent / "nvidia_pytriton.libs"
+    return find_wheel().parent.parent / "nvidia_pytriton.libs"
 
 
-def _wheel() -> Path:
+def find_wheel() -> Path:
     """Folder of the wheel that holds the server, its backends and stubs."""
     package = importlib.util.find_spec("pytriton")
     folder = Path(package.origin).parent / "tritonserver" if package and package.origin else None
@@ -201,7 +202,7 @@ def _wheel() -> Path:
     return folder
 
 
-def _environment(wheel: Path) -> dict[str, str]:
+def wheel_environment(wheel: Path) -> dict[str, str]:
     """The server's environment: this environment's packages for the models of the Python backend
     (its stub runs isolated and ignores PYTHONPATH, so the model reads it itself), and the
     libraries of the wheel and of the running Python before those of the system."""
@@ -218,7 +219,7 @@ def _environment(wheel: Path) -> dict[str, str]:
     }
 
 
-def _stub(wheel: Path, environment: dict[str, str]) -> Path:
+def find_stub(wheel: Path, environment: dict[str, str]) -> Path:
     """The wheel's program that runs Python models, proven to start on this machine."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stubs = wheel / "python_backend_stubs"
@@ -251,7 +252,7 @@ def _stub(wheel: Path, environment: dict[str, str]) -> Path:
     return stub
 
 
-def _backends(wheel: Path, stub: Path, folder: Path) -> Path:
+def link_backends(wheel: Path, stub: Path, folder: Path) -> Path:
     """A backend directory as Triton wants it: the stub beside the Python backend.
 
     Links in a folder of our own, since the wheel keeps the two apart and is not ours to change.

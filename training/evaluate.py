@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
+from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS
 from flownet2.formats import Flow, Mask, colours
 from flownet2.measures import end_point_error
 from training.pairs import Pair, read_pairs
@@ -106,7 +107,9 @@ def onnx_method(path: Path) -> Method:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(first: Image8, second: Image8) -> Flow:
-        flow: Flow = session.run(["flow"], {"image1": first[None], "image2": second[None]})[0][0]
+        flow: Flow = session.run(
+            [FLOW_OUTPUT], dict(zip(IMAGE_INPUTS, (first[None], second[None]), strict=True))
+        )[0][0]
         return flow
 
     return run

@@ -38,8 +38,8 @@ USUAL_SHAPE: Shape = (1, *GRID, 3)  # what the gateway's default path asks for
 # that, and a CPU with AMX to find it.
 BFLOAT16_WIDTH = 128
 
-# A graph is planned for a shape that recurs among the last requests, as far as memory goes; one
-# that does not appear among them makes room.
+# A graph is planned for a shape that recurs among the last requests, as far as memory goes; graphs
+# of shapes that do not appear among them are dropped for it.
 RECENT, RECURRING = 32, 3
 PLANNED_BYTES = 2**30
 PIXEL_BYTES = 400  # of features; 170 in the thin networks
@@ -88,7 +88,7 @@ class Engine:
 
     def _request(self, shape: Shape) -> openvino.InferRequest:
         if self.precision == "bf16" and adapted(shape[2]) < BFLOAT16_WIDTH:
-            return self._narrow
+            return self._for_narrow_images
         if self._planning and self._planning[1].done():
             planned, future = self._planning
             self._planned[planned] = self._any_shape if future.exception() else future.result()
@@ -96,11 +96,11 @@ class Engine:
         self._recent.append(shape)
         if shape in self._planned:
             return self._planned[shape]
-        if self._recent.count(shape) >= RECURRING and not self._planning and self._has_room(shape):
+        if self._recent.count(shape) >= RECURRING and not self._planning and self._fits(shape):
             self._planning = shape, self._planner.submit(self._plan, shape)
         return self._any_shape
 
-    def _has_room(self, shape: Shape) -> bool:
+    def _fits(self, shape: Shape) -> bool:
         """Whether a graph for a shape fits beside those in use; others are dropped for it."""
         size = self._path.stat().st_size
         memory = {
@@ -120,7 +120,7 @@ class Engine:
         return _compile(model)
 
     @functools.cached_property
-    def _narrow(self) -> openvino.InferRequest:
+    def _for_narrow_images(self) -> openvino.InferRequest:
         return _compile(_read(self._path, "f32"))
 
 

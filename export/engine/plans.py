@@ -29,7 +29,7 @@ def plan_path(folder: Path, gpu: Gpu, tensorrt_version: str, built_from: Iterabl
 
 
 def write_plan(plan: Path, content: Any) -> None:
-    """Write a plan whole, after removing those that make room for it.
+    """Write a plan whole, after removing old ones.
 
     Raises:
         EngineError: the folder does not take it.

@@ -183,9 +183,9 @@ class Start:
 
 def write_tritonserver(folder: Path) -> str:
     """A PATH with a tritonserver in front that finds the wheel's backends, as the image's does."""
-    wheel = triton._wheel()
-    environment = triton._environment(wheel)
-    backends = triton._backends(wheel, triton._stub(wheel, environment), folder)
+    wheel = triton.find_wheel()
+    environment = triton.wheel_environment(wheel)
+    backends = triton.link_backends(wheel, triton.find_stub(wheel, environment), folder)
     script = folder / "tritonserver"
     script.write_text(
         "#!/bin/sh\n"

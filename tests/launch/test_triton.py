@@ -153,7 +153,7 @@ def test_python_without_stub_names_those_that_have_one(tmp_path: Path) -> None:
     for version in ("3.9", "3.10"):
         (tmp_path / "python_backend_stubs" / version).mkdir(parents=True)
     with pytest.raises(LaunchError, match=r"one of Python 3\.9, 3\.10"):
-        triton._stub(tmp_path, {})
+        triton.find_stub(tmp_path, {})
 
 
 def test_missing_libpython_names_its_package(tmp_path: Path) -> None:
@@ -163,12 +163,12 @@ def test_missing_libpython_names_its_package(tmp_path: Path) -> None:
         "cannot open shared object file: No such file or directory' >&2; exit 127",
     )
     with pytest.raises(LaunchError, match=r"Debian package libpython3\.12 "):
-        triton._stub(wheel, {})
+        triton.find_stub(wheel, {})
 
 
 def test_loader_reports_a_library_that_really_is_missing(tmp_path: Path) -> None:
     """The words looked for are those of this machine's loader."""
-    wheel = triton._wheel()
+    wheel = triton.find_wheel()
     stubs = wheel / "python_backend_stubs"
     environment = {"PATH": os.environ["PATH"]}
     missing = [
@@ -186,7 +186,7 @@ def test_loader_reports_a_library_that_really_is_missing(tmp_path: Path) -> None
     stub.parent.mkdir(parents=True)
     stub.symlink_to(missing[0])
     with pytest.raises(LaunchError, match=f"libpython{missing[0].parent.name}"):
-        triton._stub(tmp_path, environment)
+        triton.find_stub(tmp_path, environment)
 
 
 def test_model_that_fails_to_load_gives_its_reason(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_model_that_fails_to_load_gives_its_reason(tmp_path: Path) -> None:
 def test_wheel_stays_as_it_is(closed_form_triton: triton.Triton) -> None:
     """The stub is beside the backend in a folder of the launcher, not in site-packages."""
     assert closed_form_triton.child.exit_status() is None
-    backend = triton._wheel() / "backends" / "python"
+    backend = triton.find_wheel() / "backends" / "python"
     assert not (backend / "triton_python_backend_stub").exists()
 
 
