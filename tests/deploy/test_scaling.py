@@ -38,21 +38,22 @@ def test_no_request_is_lost_when_tritons_come_and_go(
         address = triton.Address(host, http, grpc, metrics)
         return stack.enter_context(triton.serve(closed_form_repository, address=address))
 
-    def scale() -> None:
-        with contextlib.ExitStack() as second, contextlib.ExitStack() as third:
-            start(second, "127.0.0.2")
-            resolve("127.0.0.1", "127.0.0.2")  # up
-            start(third, "127.0.0.3")
-            resolve("127.0.0.1", "127.0.0.2", "127.0.0.3")
-            wait_until(lambda: serving(gateway.url) == 3)
-            resolve("127.0.0.2", "127.0.0.3")  # down, with the time that a pod gives gateways
-            wait_until(lambda: serving(gateway.url) == 2)
-            first.close()
-            second.close()  # while the name still stands for it, as in a name server's cache
-            resolve("127.0.0.3")
-            wait_until(lambda: serving(gateway.url) == 1)
+    first, second, third = (contextlib.ExitStack() for _ in range(3))
 
-    with contextlib.ExitStack() as first:
+    def scale() -> None:
+        start(second, "127.0.0.2")
+        resolve("127.0.0.1", "127.0.0.2")  # up
+        start(third, "127.0.0.3")
+        resolve("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        wait_until(lambda: serving(gateway.url) == 3)
+        resolve("127.0.0.2", "127.0.0.3")  # down, with the time that a pod gives gateways
+        wait_until(lambda: serving(gateway.url) == 2)
+        first.close()
+        second.close()  # while the name still stands for it, as in a name server's cache
+        resolve("127.0.0.3")
+        wait_until(lambda: serving(gateway.url) == 1)
+
+    with first, second, third:
         resolve("127.0.0.1")
         start(first, "127.0.0.1")
         environment = {"LD_PRELOAD": str(wrapper), "NSS_WRAPPER_HOSTS": str(hosts)}
