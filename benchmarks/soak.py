@@ -231,7 +231,8 @@ def outcome(response: httpx.Response, expected: npt.NDArray[np.float32]) -> str:
 
 async def post(client: httpx.AsyncClient, pair: dict[str, bytes]) -> httpx.Response:
     """Ask for the flow of a pair."""
-    return await client.post("/estimate_flow/", files=pair, headers={"Accept": "application/x-npy"})
+    headers = {"Accept": "application/x-npy", "X-Request-Timeout": "120"}
+    return await client.post("/estimate_flow/", files=pair, headers=headers)
 
 
 def read_flow(response: httpx.Response) -> npt.NDArray[np.float32]:

@@ -97,7 +97,9 @@ def classify(code: str, message: str) -> GatewayError | EndpointLost:
             field="size",
         )
     connection_lost = code == "UNKNOWN" and "Stream removed" in message
-    model_gone = code == "NOT_FOUND" or "Stub process" in message
+    # The Python backend's process has died, or there is no room in /dev/shm for its tensors.
+    backend_lost = "Stub process" in message or "shared memory pool" in message
+    model_gone = code == "NOT_FOUND" or backend_lost
     if code in ("UNAVAILABLE", "CANCELLED") or connection_lost or model_gone:
         return EndpointLost(message)
     return ModelFailed(f"The model failed: {message[:200].rstrip('.')}.")

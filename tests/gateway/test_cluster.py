@@ -47,6 +47,7 @@ IMAGE = np.zeros((1, 16, 16, 3), np.uint8)
         ("NOT_FOUND", "Request for unknown model: 'a' is not found", EndpointLost),
         ("UNKNOWN", "Stream removed", EndpointLost),
         ("INTERNAL", "Stub process 'a_0' is not healthy.", EndpointLost),
+        ("INTERNAL", "Failed to increase the shared memory pool size for key", EndpointLost),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
         ("INTERNAL", "CUDA out of memory", ModelFailed),
         ("INVALID_ARGUMENT", "unexpected shape", ModelFailed),
