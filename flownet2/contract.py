@@ -17,7 +17,7 @@ SIZE_MULTIPLE = 64
 BATCH_EDGE = 576
 """Largest height and width in a batch on a GPU (plugins/CMakeLists.txt reads this line)."""
 GRID = (512, 512)
-"""Height and width of the flow that the HTTP API answers unless `size=native` is asked for."""
+"""Height and width of the flow that the HTTP API returns unless `size=native` is asked for."""
 
 
 def adapted(side: int) -> int:

@@ -30,7 +30,7 @@ def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
 
     Raises:
         NoServer: nothing answers.
-        FlowError: something answers, but has no models to tell.
+        FlowError: something answers, but lists no models.
         ValueError: a URL is none.
     """
     url = named or os.environ.get("FLOWNET2_URL")

@@ -56,12 +56,12 @@ def test_examples(stack: Stack, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         output += done.stdout
-    answer = json.loads((tmp_path / "answer.json").read_text())
-    assert len(answer["flow"]) == 512
+    response = json.loads((tmp_path / "response.json").read_text())
+    assert len(response["flow"]) == 512
     shown = re.search(r'"scale_x_back_factor": (\S+), "scale_y_back_factor": (\S+)}', README)
     assert shown is not None
-    assert answer["scale_x_back_factor"] == float(shown[1])
-    assert answer["scale_y_back_factor"] == float(shown[2])
+    assert response["scale_x_back_factor"] == float(shown[1])
+    assert response["scale_y_back_factor"] == float(shown[2])
     assert (tmp_path / "flow.npy").read_bytes().startswith(b"\x93NUMPY")
     assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
     pair, both, over_grpc, over_http, *table = output.strip().splitlines()

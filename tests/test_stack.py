@@ -35,11 +35,11 @@ def test_flow_is_right(stack: Stack, sample: Path) -> None:
     height, width, _ = truth.shape
     frames = [(sample / f"frame{i}.png").read_bytes() for i in (0, 1)]
 
-    answer = post(stack, *frames).raise_for_status().json()
-    grid = np.array(answer["flow"], np.float32)
+    response = post(stack, *frames).raise_for_status().json()
+    grid = np.array(response["flow"], np.float32)
     assert grid.shape == (512, 512, 2)
-    assert answer["scale_x_back_factor"] == width / 512
-    assert answer["scale_y_back_factor"] == height / 512
+    assert response["scale_x_back_factor"] == width / 512
+    assert response["scale_y_back_factor"] == height / 512
     # A client resizes the matrix, and multiplies nothing.
     back = np.stack(
         [np.asarray(Image.fromarray(grid[..., i]).resize((width, height))) for i in (0, 1)], -1
@@ -55,9 +55,9 @@ def test_flow_is_right(stack: Stack, sample: Path) -> None:
     assert epe(flow, truth) < zero / 2
 
 
-def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, form, **options)
+    image.save(stream, format, **options)
     return stream.getvalue()
 
 
@@ -77,11 +77,11 @@ MODES: dict[str, Callable[[Image.Image], bytes]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_and_sizes(stack: Stack, mode: str) -> None:
-    """Whatever the form of the images, the flow is near that of the RGB PNGs."""
+    """Whatever the mode of the images, the flow is near that of the RGB PNGs."""
     frames = [Image.open(SAMPLES[0] / f"frame{i}.png").convert("RGB") for i in (0, 1)]
     frames = [frame.resize((301, 233)) for frame in frames]
     expected = np.array(post(stack, *map(encode, frames)).raise_for_status().json()["flow"])
-    answer = post(stack, *map(MODES[mode], frames)).raise_for_status().json()
-    assert answer["scale_x_back_factor"] == 301 / 512
-    flow = np.array(answer["flow"])
+    response = post(stack, *map(MODES[mode], frames)).raise_for_status().json()
+    assert response["scale_x_back_factor"] == 301 / 512
+    flow = np.array(response["flow"])
     assert epe(flow, expected) < 0.5 * epe(np.zeros_like(expected), expected)

@@ -45,10 +45,6 @@ LEAST_CUTOUT, LARGEST_CUTOUT = 64, 384  # the shorter and the longer side
 LEAST_TEXTURE = 4.0  # mean difference of neighbouring grey values, both directions added
 
 
-class TextureDownloadError(RuntimeError):
-    """A Debian package could not be downloaded or unpacked."""
-
-
 def unpack(package: str, folder: Path) -> None:
     """Download a Debian package and unpack it, and the game archives in it, into `folder`."""
     folder.mkdir()
@@ -57,7 +53,7 @@ def unpack(package: str, folder: Path) -> None:
         (archive,) = folder.glob("*.deb")
         subprocess.run(["dpkg", "-x", archive.name, "."], cwd=folder, check=True)  # noqa: S603, S607
     except (OSError, subprocess.CalledProcessError) as error:
-        raise TextureDownloadError(
+        raise RuntimeError(
             f"cannot fetch the Debian package {package}; run `apt-get update` first, or train "
             "on procedural textures (leave out --textures)"
         ) from error

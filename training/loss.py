@@ -62,8 +62,8 @@ def matching_loss(cost: Tensor, flow: Tensor, occluded: Tensor, no_match: Tensor
     logits = torch.cat([logits, no_match.float().expand(len(logits), 1)], 1)
     log_probability = F.log_softmax(logits, dim=1)
     # Cell i of the third convolution is centred on pixel 8 i.
-    place = flow[:, :, ::8, ::8] / STEP + RADIUS
-    x, y = place[:, 0].flatten(), place[:, 1].flatten()
+    position = flow[:, :, ::8, ::8] / STEP + RADIUS
+    x, y = position[:, 0].flatten(), position[:, 1].flatten()
     side = 2 * RADIUS + 1
     within = (x >= 0) & (y >= 0) & (x <= side - 1) & (y <= side - 1)
     left, top = x.floor().clamp(0, side - 2), y.floor().clamp(0, side - 2)

@@ -1,6 +1,6 @@
 """Make what the page opens with, while the service runs: `python -m training.page samples/photo_0`.
 
-Writes gateway/web/sample/: the pair as JPEG, and the service's answer to it, its flow rounded to
+Writes gateway/web/sample/: the pair as JPEG, and the service's response to it, its flow rounded to
 1/16 pixel so that it packs; then samples/page.jpg, the README's picture of the page.
 """
 
@@ -25,13 +25,13 @@ def write_sample(pair: Path, url: str, folder: Path) -> None:
         file = folder / f"{name}.jpg"
         Image.open(pair / f"frame{index}.png").save(file, quality=92)
         images[name] = file.read_bytes()
-    answer = httpx.post(
+    response = httpx.post(
         f"{url}/estimate_flow/?size=native&direction=both",
         files=images,
         headers={"Accept": "application/x-npz"},
         timeout=60,
     ).raise_for_status()
-    arrays = np.load(io.BytesIO(answer.content))
+    arrays = np.load(io.BytesIO(response.content))
     flow = np.round(arrays["flow"] * STEPS) / np.float32(STEPS)
     np.savez_compressed(folder / "flow.npz", flow=flow, occluded=arrays["occluded"])
     models = httpx.get(f"{url}/models").raise_for_status().json()["models"]

@@ -15,11 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from flownet2.formats import Flow, FormatError, known, read_flow
-
-
-class PairError(ValueError):
-    """A folder of image pairs that cannot be read as one; the message says what is missing."""
+from flownet2.formats import Flow, known, read_flow
 
 
 @dataclass(frozen=True)
@@ -40,23 +36,20 @@ class Pair:
 
 
 def read_pair(folder: Path) -> Pair:
-    """Read one folder; :class:`PairError` where a file is missing or sizes differ."""
+    """Read one folder; ValueError where a file is missing or cannot be read, or sizes differ."""
     frames = []
     for stem in ("frame0", "frame1"):
         found = sorted(folder.glob(f"{stem}.*"))
         if not found:
-            raise PairError(f"{folder} has no {stem}.* image")
+            raise ValueError(f"{folder} has no {stem}.* image")
         with Image.open(found[0]) as opened:
             frames.append(np.asarray(opened.convert("RGB")))
     truth = next((folder / name for name in ("gt.flo", "gt.png") if (folder / name).exists()), None)
     if truth is None:
-        raise PairError(f"{folder} has neither gt.flo nor gt.png")
-    try:
-        flow = read_flow(truth)
-    except FormatError as error:
-        raise PairError(str(error)) from error
+        raise ValueError(f"{folder} has neither gt.flo nor gt.png")
+    flow = read_flow(truth)
     if not frames[0].shape[:2] == frames[1].shape[:2] == flow.shape[:2]:
-        raise PairError(f"{folder}: the frames and the flow differ in size")
+        raise ValueError(f"{folder}: the frames and the flow differ in size")
     valid = known(flow)
     invalid, occluded = (_mask(folder / name) for name in ("invalid.png", "occlusions.png"))
     if invalid is not None:
@@ -75,9 +68,9 @@ def _mask(path: Path) -> npt.NDArray[np.bool_] | None:
 
 
 def read_pairs(folder: Path) -> Iterator[Pair]:
-    """Every pair below `folder`, by name; :class:`PairError` where there is none."""
+    """Every pair below `folder`, by name; ValueError where there is none."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
     if not folders:
-        raise PairError(f"{folder} holds no folders of image pairs")
+        raise ValueError(f"{folder} holds no folders of image pairs")
     for path in folders:
         yield read_pair(path)

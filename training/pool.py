@@ -106,10 +106,10 @@ class ScenePool:
             self.seed + self.rendered, RENDER_BATCH, *self.size, self.textures, displacement
         )
         start = self.rendered % self.slots * RENDER_BATCH
-        place = slice(start, start + RENDER_BATCH)
-        self.frames[:, place] = scenes.frames
-        self.flow[place] = scenes.flow
-        self.occluded[place] = scenes.occluded
+        part = slice(start, start + RENDER_BATCH)
+        self.frames[:, part] = scenes.frames
+        self.flow[part] = scenes.flow
+        self.occluded[part] = scenes.occluded
         self.rendered += 1
 
     def draw(self, count: int, reuse: float, random: torch.Generator) -> Batch:

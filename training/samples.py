@@ -39,8 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
     textures = Textures(arguments.textures)
     for number in range(arguments.count):
-        batch, place = divmod(number, RENDER_BATCH)
-        if place == 0:
+        batch, index_in_batch = divmod(number, RENDER_BATCH)
+        if index_in_batch == 0:
             seed = SAMPLE_SEED + arguments.seed + batch
             height, width = arguments.size
             scenes = render(seed, RENDER_BATCH, height, width, textures, effects=arguments.augment)
@@ -50,10 +50,10 @@ def main() -> None:
                 frames = (images.flip(2) * 255).round().to(torch.uint8)
         folder = arguments.out / f"{arguments.name}_{number:02}"
         folder.mkdir(parents=True, exist_ok=True)
-        for index, frame in enumerate(frames[:, place]):
+        for index, frame in enumerate(frames[:, index_in_batch]):
             Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"frame{index}.png")
-        write_flow(folder / "gt.flo", scenes.flow[place].permute(1, 2, 0).numpy())
-        Image.fromarray(scenes.occluded[place].numpy()).save(folder / "occlusions.png")
+        write_flow(folder / "gt.flo", scenes.flow[index_in_batch].permute(1, 2, 0).numpy())
+        Image.fromarray(scenes.occluded[index_in_batch].numpy()).save(folder / "occlusions.png")
 
 
 if __name__ == "__main__":

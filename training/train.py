@@ -52,14 +52,6 @@ TEMPERATURE_FACTOR = (
 )
 
 
-class UnsupportedNetworkError(ValueError):
-    """The network has a part that this program does not train, or lacks weights to begin with."""
-
-
-class ResumeError(ValueError):
-    """A checkpoint belongs to a run with other arguments."""
-
-
 @dataclass(frozen=True)
 class Phase:
     """Crop size, batch and size of motions from a given progress of a part on."""
@@ -130,7 +122,7 @@ class Trainer:
         self.model = FlowNet2(NETWORKS[arguments.network])
         self.blocks: list[str] = arguments.train or [list(self.model.blocks)[-1]]
         if self.model.network.fusion or not set(self.blocks) <= set(self.model.blocks):
-            raise UnsupportedNetworkError(
+            raise ValueError(
                 f"{' and '.join(self.blocks)} of {arguments.network} cannot be trained: choose a "
                 "network without fusion, and some of its net1, net2, net3 or sd"
             )
@@ -200,7 +192,7 @@ class Trainer:
         self.take_trainee()
         missing = [name for name in self.trainee.names if name not in given | set(self.fresh)]
         if missing:
-            raise UnsupportedNetworkError(
+            raise ValueError(
                 f"{missing[0]} would stay as it is, but no file has it: give its weights with "
                 "--from, or train it first"
             )
@@ -294,7 +286,7 @@ class Trainer:
             ("--workers", len(state["workers"]), self.workers.count),
         ):
             if held != asked:
-                raise ResumeError(
+                raise ValueError(
                     f"{self.out} holds a run of {name} {held}: go on with that, or choose another "
                     "--out"
                 )

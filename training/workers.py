@@ -52,11 +52,11 @@ class Workers:
         flat = torch.cat([*(g.reshape(-1) for g in gradients), gradients[0].new_tensor(extra)])
         dist.all_reduce(flat)
         flat /= self.count
-        place = 0
+        offset = 0
         for gradient in gradients:
-            gradient.copy_(flat[place : place + gradient.numel()].view(gradient.shape))
-            place += gradient.numel()
-        return [float(value) for value in flat[place:]]
+            gradient.copy_(flat[offset : offset + gradient.numel()].view(gradient.shape))
+            offset += gradient.numel()
+        return [float(value) for value in flat[offset:]]
 
     def average(self, values: list[float]) -> list[float]:
         if self.count == 1:

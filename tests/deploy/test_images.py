@@ -294,9 +294,9 @@ def models(store: Store) -> Path:
 def assert_right_flow(url: str, model: str) -> None:
     """The flow of a sample, asked for as the API's users do, against the true one."""
     files = [(SAMPLE / f"frame{i}.png").read_bytes() for i in (0, 1)]
-    answer = httpx.post(f"{url}/estimate_flow/?model={model}", json=as_json(*files), timeout=120)
-    assert answer.status_code == 200, answer.text
-    body = answer.json()
+    response = httpx.post(f"{url}/estimate_flow/?model={model}", json=as_json(*files), timeout=120)
+    assert response.status_code == 200, response.text
+    body = response.json()
     flow = np.array(body["flow"])
     truth = read_flow(SAMPLE / "gt.flo")
     height, width, _ = truth.shape

@@ -168,7 +168,7 @@ def repository(tmp_path: Path) -> Path:
 def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> None:
     first, second = picture(1), picture(2)
     body = as_json(encoded(first), encoded(second))
-    answers: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
     stop = threading.Event()
     stays, goes = triton.local_address(), triton.local_address()
     with triton.serve(repository, address=stays), triton.serve(repository, address=goes) as victim:
@@ -182,7 +182,7 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
                 with httpx.Client(timeout=120) as session:
                     while not stop.is_set():
                         url = f"{gateway.url}/estimate_flow/"
-                        answers.append(session.post(url, json=body))
+                        responses.append(session.post(url, json=body))
 
             clients = [threading.Thread(target=client) for _ in range(4)]
             for one in clients:
@@ -191,8 +191,8 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
             time.sleep(0.5)  # from their slots to Triton, which takes a second for each
             os.kill(victim.child.pid, signal.SIGKILL)
             wait_until(lambda: f"{serving} 1.0" in httpx.get(metrics).text)
-            after = len(answers)
-            wait_until(lambda: len(answers) >= after + 5)
+            after = len(responses)
+            wait_until(lambda: len(responses) >= after + 5)
             stop.set()
             for one in clients:
                 one.join()
@@ -200,10 +200,10 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
 
             with triton.serve(repository, address=goes):  # one that comes back is used again
                 wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
-    assert {answer.status_code for answer in answers} == {200}
+    assert {response.status_code for response in responses} == {200}
     expected = expected_flow(first, second)
-    for answer in answers:
-        np.testing.assert_allclose(np.array(answer.json()["flow"]), expected, atol=1e-5)
+    for response in responses:
+        np.testing.assert_allclose(np.array(response.json()["flow"]), expected, atol=1e-5)
 
 
 def stub_of(server: triton.Triton) -> psutil.Process:
@@ -239,8 +239,8 @@ def test_a_model_that_is_dead_behind_a_ready_triton(tmp_path: Path) -> None:
         end = time.monotonic() + 3
         while time.monotonic() < end:
             assert gateway.get("/readyz") == 503
-            answer = gateway.client.post("/estimate_flow/", json=body)
-            assert answer.status_code == 503
-            assert answer.headers["retry-after"] == "1"
+            response = gateway.client.post("/estimate_flow/", json=body)
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
         errors = [one["error"] for one in gateway.client.get("/healthz").json()["triton"]]
         assert all("does not answer" in error for error in errors)

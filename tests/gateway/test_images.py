@@ -129,12 +129,12 @@ def test_the_cause_is_named(name: str, error: type[GatewayError]) -> None:
         prepare(BAD[name])
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_pixel_limit_is_exact(form: str) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_pixel_limit_is_exact(format: str) -> None:
     images.configure_pillow(40 * 30, FORMATS)
-    assert prepare(encoded(picture(1, 40, 30), form), max_pixels=1200).shape == (512, 512, 3)
+    assert prepare(encoded(picture(1, 40, 30), format), max_pixels=1200).shape == (512, 512, 3)
     with pytest.raises(ImageTooLarge, match="1200 pixels"):
-        prepare(encoded(picture(1, 41, 30), form), max_pixels=1200)
+        prepare(encoded(picture(1, 41, 30), format), max_pixels=1200)
 
 
 def test_sizes_must_be_one() -> None:
@@ -176,7 +176,7 @@ print(counted, peak() - before)
 
 
 @pytest.mark.parametrize(
-    ("mode", "form", "options"),
+    ("mode", "format", "options"),
     [
         ("RGB", "PNG", {}),
         ("RGBA", "PNG", {}),
@@ -188,10 +188,10 @@ print(counted, peak() - before)
     ],
 )
 def test_memory_is_counted_as_it_is_used(
-    mode: str, form: str, options: dict[str, object], tmp_path: Path
+    mode: str, format: str, options: dict[str, object], tmp_path: Path
 ) -> None:
     """What decoding takes is no more than what is counted, and what every request may take."""
-    (tmp_path / "file").write_bytes(encoded(Image.new(mode, (3000, 2000)), form, **options))
+    (tmp_path / "file").write_bytes(encoded(Image.new(mode, (3000, 2000)), format, **options))
     command = [sys.executable, "-c", DECODE, str(tmp_path / "file")]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     counted, used = map(int, output.split())
@@ -213,17 +213,17 @@ def refused_or_read(file: bytes) -> None:
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    form=st.sampled_from(FORMATS),
+    format=st.sampled_from(FORMATS),
     mode=st.sampled_from(["RGB", "L"]),
     edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
     cut=st.floats(0, 1),
     tail=st.binary(max_size=40),
 )
 def test_mutated_files_never_crash(
-    form: str, mode: str, edits: list[tuple[float, int]], cut: float, tail: bytes
+    format: str, mode: str, edits: list[tuple[float, int]], cut: float, tail: bytes
 ) -> None:
     images.configure_pillow(2**20, FORMATS)
-    file = bytearray(encoded(picture(2, 24, 17, mode), form))
+    file = bytearray(encoded(picture(2, 24, 17, mode), format))
     for place, value in edits:
         file[int(place * len(file))] = value
     refused_or_read(bytes(file[: int(cut * len(file)) or 1]) + tail)

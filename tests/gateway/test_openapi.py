@@ -30,7 +30,7 @@ def test_openapi_json_is_current(document: dict) -> None:
 
 
 # Half of the strings that stand for images are images.
-IMAGES = [encoded(picture(seed), form) for seed, form in ((1, "PNG"), (2, "JPEG"), (3, "WEBP"))]
+IMAGES = [encoded(picture(seed), format) for seed, format in ((1, "PNG"), (2, "JPEG"), (3, "WEBP"))]
 schemathesis.openapi.format(
     "byte",
     st.sampled_from([base64.b64encode(image).decode() for image in IMAGES]) | st.text(max_size=50),
@@ -61,11 +61,11 @@ def test_schemathesis(
     )
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
-        answer = case.call(timeout=60)
-        if answer.status_code in (408, 504):  # it asked for an answer in next to no time
+        response = case.call(timeout=60)
+        if response.status_code in (408, 504):  # it asked for a response in next to no time
             return
-        assert answer.status_code < 500, answer.text
-        case.validate_response(answer, excluded_checks=[positive_data_acceptance])
+        assert response.status_code < 500, response.text
+        case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
     try:
         check()

@@ -1,4 +1,4 @@
-"""The running gateway in front of a real Triton: answers, errors, limits, probes, and its end."""
+"""The running gateway in front of a real Triton: responses, errors, limits, probes, and its end."""
 
 import base64
 import contextlib
@@ -42,27 +42,29 @@ BODY = as_json(encoded(FIRST), encoded(SECOND))
 FILES = {"image1": encoded(FIRST), "image2": encoded(SECOND)}
 
 
-def check_problem(answer: httpx.Response, status: int, slug: str, field: str | None = None) -> None:
-    """The answer is a complete problem document."""
-    assert (answer.status_code, answer.headers["content-type"]) == (
+def check_problem(
+    response: httpx.Response, status: int, slug: str, field: str | None = None
+) -> None:
+    """The response is a complete problem document."""
+    assert (response.status_code, response.headers["content-type"]) == (
         status,
         "application/problem+json",
-    ), answer.text
-    document = answer.json()
+    ), response.text
+    document = response.json()
     assert document["type"] == f"urn:problem-type:flownet2:{slug}"
     assert document["status"] == status
     assert document["title"]
     assert document["detail"].endswith((".", "`"))
     assert document.get("field") == field
-    assert document["request_id"] == answer.headers["x-request-id"]
+    assert document["request_id"] == response.headers["x-request-id"]
 
 
-class TestAnswers:
+class TestResponses:
     def test_json_is_the_replaced_services(self, gateway: Gateway) -> None:
-        answer = gateway.client.post(PATH, json=BODY)
-        assert answer.status_code == 200
-        assert answer.headers["content-type"] == "application/json"
-        document = answer.json()
+        response = gateway.client.post(PATH, json=BODY)
+        assert response.status_code == 200
+        assert response.headers["content-type"] == "application/json"
+        document = response.json()
         assert document.keys() == {"flow", "scale_x_back_factor", "scale_y_back_factor"}
         assert (document["scale_x_back_factor"], document["scale_y_back_factor"]) == (
             200 / 512,
@@ -85,8 +87,8 @@ class TestAnswers:
         self, gateway: Gateway, content_type: str | None
     ) -> None:
         headers = {"Content-Type": content_type} if content_type else {}
-        answer = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
-        assert answer.status_code == 200
+        response = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
+        assert response.status_code == 200
 
     def test_path_without_its_slash(self, gateway: Gateway) -> None:
         assert gateway.client.post(PATH.rstrip("/"), json=BODY).status_code == 200
@@ -99,10 +101,10 @@ class TestAnswers:
     ) -> None:
         with gateway.client.stream(
             "POST", PATH, json=BODY, headers={"Accept-Encoding": name}
-        ) as answer:
-            raw = b"".join(answer.iter_raw())
-        assert answer.headers["content-encoding"] == name
-        assert "Accept-Encoding" in answer.headers["vary"]
+        ) as response:
+            raw = b"".join(response.iter_raw())
+        assert response.headers["content-encoding"] == name
+        assert "Accept-Encoding" in response.headers["vary"]
         plain = gateway.client.post(PATH, json=BODY, headers={"Accept-Encoding": "identity"})
         assert "content-encoding" not in plain.headers
         assert decode(raw) == plain.content
@@ -110,13 +112,13 @@ class TestAnswers:
     @pytest.mark.parametrize("size", ["512", "native"])
     def test_binary_formats_agree(self, gateway: Gateway, size: str) -> None:
         def post(accept: str) -> httpx.Response:
-            answer = gateway.client.post(
+            response = gateway.client.post(
                 PATH, files=FILES, params={"size": size}, headers={"Accept": accept}
             )
-            assert (answer.status_code, answer.headers["content-type"]) == (200, accept)
-            scale = [float(answer.headers[f"x-scale-{axis}-back-factor"]) for axis in "xy"]
+            assert (response.status_code, response.headers["content-type"]) == (200, accept)
+            scale = [float(response.headers[f"x-scale-{axis}-back-factor"]) for axis in "xy"]
             assert scale == ([1, 1] if size == "native" else [200 / 512, 120 / 512])
-            return answer
+            return response
 
         flow = np.load(io.BytesIO(post("application/x-npy").content))
         if size == "native":
@@ -142,13 +144,13 @@ class TestAnswers:
             return float(re.search(rf'^{name}{{model="flownet2",.*}} (\S+)$', text, re.M)[1])
 
         def post(direction: str, accept: str) -> httpx.Response:
-            answer = gateway.client.post(
+            response = gateway.client.post(
                 PATH,
                 files={f"image{i}": encoded(picture(i, side, 40)) for i in (1, 2)},
                 params={"direction": direction, "size": "native"},
                 headers={"Accept": accept},
             )
-            return answer.raise_for_status()
+            return response.raise_for_status()
 
         npy = "application/x-npy"
         there, back = (
@@ -213,15 +215,15 @@ class TestErrors:
         good = encoded(picture(1))
         for name, file in bad_images():
             files = {"image1": good, "image2": file}
-            answer = gateway.client.post(PATH, params={"size": size}, files=files)
-            assert answer.status_code in (413, 415, 422), name
-            assert answer.json()["field"] == "image2", name
+            response = gateway.client.post(PATH, params={"size": size}, files=files)
+            assert response.status_code in (413, 415, 422), name
+            assert response.json()["field"] == "image2", name
         assert "unhandled" not in gateway.log.read_text()
 
     def test_colours_without_a_palette(self, gateway: Gateway) -> None:
         files = {"image1": no_palette(), "image2": no_palette()}
-        answer = gateway.client.post(PATH, params={"size": "native"}, files=files)
-        check_problem(answer, 422, "damaged-image", "image1")
+        response = gateway.client.post(PATH, params={"size": "native"}, files=files)
+        check_problem(response, 422, "damaged-image", "image1")
 
     @pytest.mark.parametrize(
         ("content", "status", "slug", "field"),
@@ -281,16 +283,16 @@ class TestErrors:
         slug: str,
         field: str,
     ) -> None:
-        answer = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
-        check_problem(answer, status, slug, field)
+        response = gateway.client.post(PATH, content=json.dumps(BODY), headers=headers)
+        check_problem(response, status, slug, field)
 
     def test_parameters_paths_and_methods(self, gateway: Gateway) -> None:
         client = gateway.client
-        answer = client.post(PATH, params={"size": "1024"}, json=BODY)
-        check_problem(answer, 422, "invalid-parameter", "size")
-        answer = client.post(PATH, params={"model": "nosuch"}, json=BODY)
-        check_problem(answer, 404, "unknown-model", "model")
-        assert "far, flownet2, nan, raising, slow" in answer.json()["detail"]
+        response = client.post(PATH, params={"size": "1024"}, json=BODY)
+        check_problem(response, 422, "invalid-parameter", "size")
+        response = client.post(PATH, params={"model": "nosuch"}, json=BODY)
+        check_problem(response, 404, "unknown-model", "model")
+        assert "far, flownet2, nan, raising, slow" in response.json()["detail"]
         check_problem(
             client.post(PATH, params={"model": "wrong_type"}, json=BODY),
             404,
@@ -299,14 +301,14 @@ class TestErrors:
         )
         check_problem(client.get("/v2/repository/index"), 404, "not-found")
         check_problem(client.post("/v2/models/flownet2/unload"), 404, "not-found")
-        answer = client.get(PATH)
-        check_problem(answer, 405, "method-not-allowed")
-        assert answer.headers["allow"] == "POST"
+        response = client.get(PATH)
+        check_problem(response, 405, "method-not-allowed")
+        assert response.headers["allow"] == "POST"
         small = encoded(picture(1, 15, 60))
-        answer = client.post(
+        response = client.post(
             PATH, params={"size": "native"}, files={"image1": small, "image2": small}
         )
-        check_problem(answer, 422, "image-too-small", "image1")
+        check_problem(response, 422, "image-too-small", "image1")
 
     def test_body_limit_counts_what_comes(self, gateway: Gateway) -> None:
         def endless() -> object:
@@ -335,42 +337,42 @@ class TestErrors:
     def test_what_is_no_http(self, gateway: Gateway, sent: bytes) -> None:
         with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
             line.sendall(sent)
-            answer = http.client.HTTPResponse(line)
-            answer.begin()
-            document = json.loads(answer.read())
-        assert (answer.status, answer.reason) == (400, "Bad Request")
-        assert answer.headers["Content-Type"] == "application/problem+json"
+            response = http.client.HTTPResponse(line)
+            response.begin()
+            document = json.loads(response.read())
+        assert (response.status, response.reason) == (400, "Bad Request")
+        assert response.headers["Content-Type"] == "application/problem+json"
         assert document["type"] == "urn:problem-type:flownet2:bad-request"
-        assert document["request_id"] == answer.headers["X-Request-ID"]
-        assert answer.headers["Connection"] == "close"
+        assert document["request_id"] == response.headers["X-Request-ID"]
+        assert response.headers["Connection"] == "close"
 
     def test_models_that_fail(self, gateway: Gateway) -> None:
         for model in ("nan", "far"):
-            answer = gateway.client.post(PATH, params={"model": model}, json=BODY)
-            check_problem(answer, 502, "model-failed")
-            assert "finite" in answer.json()["detail"]
-        answer = gateway.client.post(PATH, params={"model": "raising"}, json=BODY)
-        check_problem(answer, 502, "model-failed")
-        assert "a fault made on purpose" in answer.json()["detail"]
+            response = gateway.client.post(PATH, params={"model": model}, json=BODY)
+            check_problem(response, 502, "model-failed")
+            assert "finite" in response.json()["detail"]
+        response = gateway.client.post(PATH, params={"model": "raising"}, json=BODY)
+        check_problem(response, 502, "model-failed")
+        assert "a fault made on purpose" in response.json()["detail"]
 
 
 class TestTime:
     def test_deadline(self, gateway: Gateway) -> None:
-        answer = gateway.client.post(
+        response = gateway.client.post(
             PATH, params={"model": "slow"}, json=BODY, headers={"X-Request-Timeout": "0.4"}
         )
-        check_problem(answer, 504, "deadline-exceeded")
+        check_problem(response, 504, "deadline-exceeded")
 
     def test_queues_of_triton_told_apart(self, gateway: Gateway) -> None:
         """The slow model works on one request for 2 s and queues two more. The second request
         has no time to wait for the first; of five others, three at least find no place."""
-        answers: list[httpx.Response] = []
+        responses: list[httpx.Response] = []
 
         def post(timeout: str) -> threading.Thread:
             def work() -> None:
                 url = f"{gateway.url}{PATH}?model=slow"
                 headers = {"X-Request-Timeout": timeout}
-                answers.append(httpx.post(url, json=BODY, headers=headers, timeout=60))
+                responses.append(httpx.post(url, json=BODY, headers=headers, timeout=60))
 
             thread = threading.Thread(target=work)
             thread.start()
@@ -383,12 +385,12 @@ class TestTime:
         for client in clients:
             client.join()
         outcomes = [
-            answer.json()["type"].rpartition(":")[2] if answer.status_code != 200 else "ok"
-            for answer in answers
+            response.json()["type"].rpartition(":")[2] if response.status_code != 200 else "ok"
+            for response in responses
         ]
         assert set(outcomes) <= {"deadline-exceeded", "ok", "queue-full"}
         assert outcomes.count("queue-full") >= 3
-        full = next(answer for answer in answers if answer.status_code == 503)
+        full = next(response for response in responses if response.status_code == 503)
         assert int(full.headers["retry-after"]) >= 1
 
     def test_client_that_leaves_cancels_its_inference(
@@ -424,11 +426,11 @@ class TestTime:
 
 class TestObservability:
     def test_request_ids(self, gateway: Gateway) -> None:
-        answer = gateway.client.get("/livez", headers={"X-Request-ID": "mine-1.2"})
-        assert answer.headers["x-request-id"] == "mine-1.2"
+        response = gateway.client.get("/livez", headers={"X-Request-ID": "mine-1.2"})
+        assert response.headers["x-request-id"] == "mine-1.2"
         for insane in ("a b", "x" * 200, "é".encode(), "<script>"):
-            answer = gateway.client.get("/livez", headers={"X-Request-ID": insane})
-            assert len(answer.headers["x-request-id"]) == 32
+            response = gateway.client.get("/livez", headers={"X-Request-ID": insane})
+            assert len(response.headers["x-request-id"]) == 32
 
     def test_log_lines_are_json_with_the_id(self, gateway: Gateway) -> None:
         gateway.client.post(PATH, json=BODY, headers={"X-Request-ID": "logged"})
@@ -507,9 +509,9 @@ class TestOtherSettings:
             client = gateway.client
             wait_until(lambda: gateway.get("/readyz") == 200)
             for path in ("/models", "/metrics", PATH):
-                answer = client.request("POST" if path == PATH else "GET", path)
-                check_problem(answer, 401, "unauthorized")
-                assert answer.headers["www-authenticate"] == "Bearer"
+                response = client.request("POST" if path == PATH else "GET", path)
+                check_problem(response, 401, "unauthorized")
+                assert response.headers["www-authenticate"] == "Bearer"
             for headers in (
                 {"Authorization": "Bearer first-key"},
                 {"authorization": "bearer second-key"},
@@ -554,9 +556,9 @@ class TestOtherSettings:
                 first.sendall(head)
                 second.sendall(head)
                 wait_until(lambda: "flownet2_admitted 2.0" in gateway.client.get("/metrics").text)
-                answer = gateway.client.post(PATH, json=BODY)
-                check_problem(answer, 503, "overloaded")
-                assert answer.headers["retry-after"] == "7"
+                response = gateway.client.post(PATH, json=BODY)
+                check_problem(response, 503, "overloaded")
+                assert response.headers["retry-after"] == "7"
             wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
             assert gateway.client.post(PATH, json=BODY).status_code == 200
 
@@ -583,7 +585,7 @@ class TestOtherSettings:
     def test_slow_readers_are_counted(
         self, closed_form_triton: triton.Triton, tmp_path: Path
     ) -> None:
-        """An answer of 20 MB that nobody reads keeps its place until the client goes away."""
+        """A response of 20 MB that nobody reads stays counted until the client goes away."""
         large = encoded(Image.new("RGB", (1024, 1024)))
         content = json.dumps(as_json(large, large)).encode()
         with run_gateway(closed_form_triton.address.grpc, tmp_path / "log") as gateway:
@@ -682,9 +684,9 @@ class TestMemory:
                 headers = {"Accept": "application/x-npy", "X-Request-Timeout": "120"}
                 with contextlib.closing(line):
                     line.request("POST", PATH, content, headers)
-                    answer = line.getresponse()
-                    data = answer.read()
-                ok = answer.status == 200 and len(data) > 2**21
+                    response = line.getresponse()
+                    data = response.read()
+                ok = response.status == 200 and len(data) > 2**21
                 outcomes.append("ok" if ok else json.loads(data)["type"].rpartition(":")[2])
 
             clients = [threading.Thread(target=post) for _ in range(200)]
@@ -700,9 +702,9 @@ class TestMemory:
 class TestLife:
     def test_without_triton(self, tmp_path: Path) -> None:
         with run_gateway("127.0.0.1:1", tmp_path / "log") as gateway:
-            for answer in (gateway.client.post(PATH, json=BODY), gateway.client.get("/readyz")):
-                check_problem(answer, 503, "inference-unavailable")
-                assert answer.headers["retry-after"] == "1"
+            for response in (gateway.client.post(PATH, json=BODY), gateway.client.get("/readyz")):
+                check_problem(response, 503, "inference-unavailable")
+                assert response.headers["retry-after"] == "1"
             assert gateway.get("/livez") == 200
             rejected = 'flownet2_rejected_total{reason="inference-unavailable"}'
             assert f"{rejected} 1.0\n" in gateway.client.get("/metrics").text  # no probe counts
@@ -724,8 +726,8 @@ class TestLife:
             closed_form_triton.address.grpc, tmp_path / "log", PYTHONPATH=str(tmp_path)
         ) as gateway:
             wait_until(lambda: gateway.get("/readyz") == 200)
-            answer = gateway.client.post(PATH, json=BODY, headers={"X-Request-Timeout": "2"})
-            check_problem(answer, 504, "deadline-exceeded")
+            response = gateway.client.post(PATH, json=BODY, headers={"X-Request-Timeout": "2"})
+            check_problem(response, 504, "deadline-exceeded")
             assert "flownet2_slots_used 1.0" in gateway.client.get("/metrics").text
             gateway.process.send_signal(signal.SIGTERM)
             assert gateway.process.wait(30) == 0
@@ -737,11 +739,11 @@ class TestLife:
             closed_form_triton.address.grpc, tmp_path / "log", GATEWAY_SHUTDOWN_DELAY_S="0.7"
         ) as gateway:
             wait_until(lambda: gateway.get("/readyz") == 200)
-            answers: list[int] = []
+            responses: list[int] = []
 
             def post() -> None:
                 url = f"{gateway.url}{PATH}?model=slow"
-                answers.append(httpx.post(url, json=BODY, timeout=60).status_code)
+                responses.append(httpx.post(url, json=BODY, timeout=60).status_code)
 
             client = threading.Thread(target=post)
             client.start()
@@ -749,5 +751,5 @@ class TestLife:
             gateway.process.send_signal(signal.SIGTERM)
             wait_until(lambda: gateway.get("/readyz") == 503)
             client.join()
-            assert answers == [200]
+            assert responses == [200]
             assert gateway.process.wait(30) == 0

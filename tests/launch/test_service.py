@@ -137,8 +137,8 @@ def is_flow_right(launcher: Launcher) -> bool:
         {"Accept": "application/x-npy", "Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request) as answer:
-            flow = np.load(io.BytesIO(answer.read()))
+        with urllib.request.urlopen(request) as response:
+            flow = np.load(io.BytesIO(response.read()))
     except urllib.error.HTTPError as error:
         with error:
             refusal = (error.status, error.headers["Retry-After"])

@@ -101,7 +101,7 @@ def test_host_without_an_ipv4_address_is_refused(host: str) -> None:
 def test_own_servers_are_asked_without_a_proxy(closed_form_triton: triton.Triton) -> None:
     address = closed_form_triton.address
     code = f"from launch.check import answers_ok as ok; ok({address.host!r}, {address.http_port}, "
-    code += "'/v2/health/ready') or exit('no answer')"
+    code += "'/v2/health/ready') or exit('no response')"
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
     environment = {**os.environ, "http_proxy": nobody, "no_proxy": ""}
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, check=True)
@@ -221,14 +221,14 @@ def test_admin_endpoints_are_closed(closed_form_triton: triton.Triton) -> None:
         request = urllib.request.Request(f"{base}/{path}", json.dumps(body).encode())
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request)
-        with refused.value as answer:
-            assert answer.status in {403, 503}, path  # 503: what --model-control-mode forbids
+        with refused.value as response:
+            assert response.status in {403, 503}, path  # 503: what --model-control-mode forbids
     assert triton.is_ready(closed_form_triton.address)
 
 
 def test_metrics_are_served(closed_form_triton: triton.Triton) -> None:
-    with urllib.request.urlopen(closed_form_triton.address.metrics) as answer:
-        assert "nv_inference_count" in answer.read().decode()
+    with urllib.request.urlopen(closed_form_triton.address.metrics) as response:
+        assert "nv_inference_count" in response.read().decode()
 
 
 def test_spans_of_triton_join_the_callers_trace(

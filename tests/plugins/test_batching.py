@@ -61,9 +61,9 @@ def executions(address: str, model: str, height: int, width: int) -> int:
             before = await count()
             first = asyncio.create_task(server.infer(model, inputs))
             await asyncio.sleep(0.1)
-            answers = await asyncio.gather(*(server.infer(model, inputs) for _ in range(7)))
-            for answer in (*answers, await first):
-                assert answer.as_numpy("flow").shape == (1, height, width, 2)
+            responses = await asyncio.gather(*(server.infer(model, inputs) for _ in range(7)))
+            for response in (*responses, await first):
+                assert response.as_numpy("flow").shape == (1, height, width, 2)
             return await count() - before
 
     return asyncio.run(ask())

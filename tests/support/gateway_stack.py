@@ -159,10 +159,10 @@ def picture(seed: int, width: int = 64, height: int = 48, mode: str = "RGB") -> 
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     """An image as a file."""
     file = io.BytesIO()
-    image.save(file, form, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -175,7 +175,7 @@ def as_json(file1: bytes, file2: bytes) -> dict[str, str]:
 
 
 def expected_flow(image1: Image.Image, image2: Image.Image) -> np.ndarray:
-    """What the service should answer: the model's closed form on images prepared with Pillow."""
+    """The right flow: the model's closed form on images prepared with Pillow."""
     one, two = (
         np.asarray(image.resize((512, 512), Image.Resampling.LANCZOS).convert("RGB"), np.float32)
         for image in (image1, image2)

@@ -27,10 +27,10 @@ def png(
 
 def png_chunk_ends(data: bytes) -> list[int]:
     """Where each chunk of a PNG ends."""
-    ends, place = [], 8
-    while place < len(data):
-        place += 12 + struct.unpack_from(">I", data, place)[0]
-        ends.append(place)
+    ends, offset = [], 8
+    while offset < len(data):
+        offset += 12 + struct.unpack_from(">I", data, offset)[0]
+        ends.append(offset)
     return ends
 
 
@@ -48,13 +48,13 @@ def truncations() -> Iterator[tuple[str, bytes]]:
     whole = encoded(picture(1), pnginfo=info)
     pixels_end = png_chunk_ends(whole)[-2]
     for end in png_chunk_ends(whole)[:-1]:
-        for place in (end - 20, end):
-            if place < pixels_end:  # beyond, nothing that matters is missing
-                yield f"png-cut-{place}", whole[:place]
-    for form in ("JPEG", "WEBP"):
-        data = encoded(picture(1), form)
+        for offset in (end - 20, end):
+            if offset < pixels_end:  # beyond, nothing that matters is missing
+                yield f"png-cut-{offset}", whole[:offset]
+    for format in ("JPEG", "WEBP"):
+        data = encoded(picture(1), format)
         for part in (0.1, 0.5, 0.9):
-            yield f"{form.lower()}-cut-{part}", data[: int(len(data) * part)]
+            yield f"{format.lower()}-cut-{part}", data[: int(len(data) * part)]
 
 
 def bad_images() -> Iterator[tuple[str, bytes]]:
@@ -98,14 +98,14 @@ def bad_images() -> Iterator[tuple[str, bytes]]:
     parts = webp[8:] + b"abcd\0\0\0\0" * 30_000
     yield "webp-many-chunks", b"RIFF" + struct.pack("<I", len(parts)) + parts
     frames = [picture(seed) for seed in range(3)]
-    for form in ("WEBP", "PNG"):
+    for format in ("WEBP", "PNG"):
         yield (
-            f"animated-{form.lower()}",
-            encoded(frames[0], form, save_all=True, append_images=frames[1:]),
+            f"animated-{format.lower()}",
+            encoded(frames[0], format, save_all=True, append_images=frames[1:]),
         )
     yield "gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    for form in ("GIF", "BMP", "TIFF", "PPM", "ICO", "PDF"):
-        yield form.lower(), encoded(frames[0], form)
+    for format in ("GIF", "BMP", "TIFF", "PPM", "ICO", "PDF"):
+        yield format.lower(), encoded(frames[0], format)
     # Polyglots: a PDF and a script that hold a picture, a PNG's name on a JPEG's bytes.
     yield "pdf-then-png", encoded(frames[0], "PDF") + whole
     yield "script-then-png", b"<script>alert(1)</script>" + whole

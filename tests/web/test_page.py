@@ -39,8 +39,8 @@ def drop(page: Page, files: dict[str, bytes], kind: str = "image/png") -> None:
     page.dispatch_event("body", "drop", {"dataTransfer": transfer})
 
 
-def wait_for_answer(page: Page, request: str) -> None:
-    """Until the answer to a request is on display, told by a piece of its curl command."""
+def wait_for_response(page: Page, request: str) -> None:
+    """Until the response to a request is on display, told by a piece of its curl command."""
     expect(page.locator("#code")).to_contain_text(request)
 
 
@@ -59,13 +59,13 @@ def read_at(page: Page, x: int, y: int, canvas: str = "#flow") -> list[float]:
 
 def ask(gateway: Gateway, one: bytes, two: bytes, **query: str) -> np.ndarray:
     """The flow by the API."""
-    answer = gateway.client.post(
+    response = gateway.client.post(
         "/estimate_flow/",
         params={"size": "native", **query},
         files={"image1": one, "image2": two},
         headers={"Accept": "application/x-npy"},
     ).raise_for_status()
-    return np.load(io.BytesIO(answer.content))
+    return np.load(io.BytesIO(response.content))
 
 
 def test_opens_on_a_result(page: Page) -> None:
@@ -83,13 +83,13 @@ def test_opens_on_a_result(page: Page) -> None:
 
 def test_the_sample_is_what_the_shipped_weights_answer(stack: Stack) -> None:
     files = {name: (SAMPLE / f"{name}.jpg").read_bytes() for name in ("image1", "image2")}
-    answer = httpx.post(
+    response = httpx.post(
         f"{stack.url}/estimate_flow/?size=native",
         files=files,
         headers={"Accept": "application/x-npy"},
         timeout=60,
     ).raise_for_status()
-    flow = np.load(io.BytesIO(answer.content))
+    flow = np.load(io.BytesIO(response.content))
     with np.load(SAMPLE / "flow.npz") as arrays:
         error = np.linalg.norm(arrays["flow"] - flow, axis=-1).mean()
     assert error < 0.1, "run `python -m training.page samples/photo_0` beside `make serve`"
@@ -100,7 +100,7 @@ def test_dropped_files(page: Page, gateway: Gateway, query: dict[str, str]) -> N
     if query:
         page.get_by_text(re.compile("^512")).click()
     drop(page, FILES)
-    wait_for_answer(page, 'image1=@"a_10.png')
+    wait_for_response(page, 'image1=@"a_10.png')
     expect(page.locator("#stages")).to_contain_text("network")
     flow = ask(gateway, FILES["a_10.png"], FILES["b_2.png"], **query)
     rows, columns, _ = flow.shape
@@ -112,15 +112,15 @@ def test_dropped_files(page: Page, gateway: Gateway, query: dict[str, str]) -> N
 
 def test_occluded_pixels(page: Page, gateway: Gateway) -> None:
     drop(page, FILES)
-    wait_for_answer(page, "a_10.png")
+    wait_for_response(page, "a_10.png")
     page.get_by_label("Occluded pixels").check()
-    wait_for_answer(page, "direction=both")
-    answer = gateway.client.post(
+    wait_for_response(page, "direction=both")
+    response = gateway.client.post(
         "/estimate_flow/?size=native&direction=both",
         files={"image1": FILES["a_10.png"], "image2": FILES["b_2.png"]},
         headers={"Accept": "application/x-npz"},
     ).raise_for_status()
-    with np.load(io.BytesIO(answer.content)) as arrays:
+    with np.load(io.BytesIO(response.content)) as arrays:
         mask, flow = arrays["occluded"], arrays["flow"]
     hidden, seen = (np.argwhere(mask == value)[0] for value in (True, False))
     for y, x in (hidden, seen):
@@ -131,7 +131,7 @@ def test_occluded_pixels(page: Page, gateway: Gateway) -> None:
 def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_path: Path) -> None:
     """Downloads and what the curl command writes are the API's bytes."""
     drop(page, FILES)
-    wait_for_answer(page, "a_10.png")
+    wait_for_response(page, "a_10.png")
     saved = {}
     for suffix in ("flo", "npy", "png"):
         with page.expect_download() as download:
@@ -139,16 +139,16 @@ def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_pat
         saved[suffix] = download.value.path().read_bytes()
     images = {"image1": FILES["a_10.png"], "image2": FILES["b_2.png"]}
     for suffix, kind in (("flo", "application/x-flo"), ("npy", "application/x-npy")):
-        answer = gateway.client.post(
+        response = gateway.client.post(
             "/estimate_flow/?size=native", files=images, headers={"Accept": kind}
         )
-        assert saved[suffix] == answer.content
-    answer = gateway.client.post(
+        assert saved[suffix] == response.content
+    response = gateway.client.post(
         "/estimate_flow/?size=native", files=images, headers={"Accept": "image/png"}
     )
     theirs, ours = (
         np.asarray(Image.open(io.BytesIO(one)).convert("RGB"), np.int16)
-        for one in (answer.content, saved["png"])
+        for one in (response.content, saved["png"])
     )
     assert np.abs(theirs - ours).max() <= 1  # a double rounds otherwise than a float
 
@@ -161,7 +161,7 @@ def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_pat
     flow = python(code.inner_text(), "result.flow", tmp_path)
     assert np.array_equal(flow, np.load(io.BytesIO(saved["npy"])))
     page.get_by_text(re.compile("^512")).click()
-    wait_for_answer(page, "size=512")
+    wait_for_response(page, "size=512")
     flow = python(code.inner_text(), "result", tmp_path)
     assert np.array_equal(flow, ask(gateway, *images.values(), size="512"))
 
@@ -203,7 +203,7 @@ def test_a_wrong_file_is_told_beside_its_field(page: Page, context: BrowserConte
     drop(page, {"a.png": FILES["b_2.png"], "b.png": encoded(picture(1, 80, 48))})
     expect(page.get_by_role("alert").filter(has_text="size")).to_be_visible()
     drop(page, FILES)
-    wait_for_answer(page, "a_10.png")
+    wait_for_response(page, "a_10.png")
     expect(problem).to_be_empty()
     context.faults.clear()  # the browser logs each 422
 
@@ -239,20 +239,20 @@ def test_steps_through_a_video(page: Page) -> None:
     frames = page.locator("#frame-name")
     for first in range(3):
         expect(frames).to_have_text(f"{first} → {first + 1} of {len(levels)}")
-        wait_for_answer(page, f'image1=@"film_{first:06}.png"')
+        wait_for_response(page, f'image1=@"film_{first:06}.png"')
         expected = (levels[first + 1] - levels[first]) / 8
         assert read_at(page, 30, 20) == pytest.approx([expected] * 2, abs=0.5)
         page.get_by_role("button", name="Next frame").click()
     page.get_by_label("Frames between image 1 and image 2").fill("2")
     page.get_by_label("Frames between image 1 and image 2").blur()
-    wait_for_answer(page, "film_000005.png")
+    wait_for_response(page, "film_000005.png")
     assert read_at(page, 30, 20) == pytest.approx([(240 - 96) / 8] * 2, abs=0.5)
 
 
 def test_camera_is_live(page: Page) -> None:
     page.get_by_text("Camera", exact=True).click()
     page.get_by_role("button", name="Start the camera").click()
-    wait_for_answer(page, "camera_1.jpg")
+    wait_for_response(page, "camera_1.jpg")
     expect(page.locator("#status")).to_contain_text("pairs a second")
     page.get_by_role("button", name="Stop the camera").click()
     expect(page.get_by_role("button", name="Start the camera")).to_be_visible()
@@ -339,7 +339,7 @@ def test_page_and_docs_work_below_a_prefix(context: BrowserContext, gateway: Gat
     page.goto(f"{gateway.url}/some/prefix/")
     page.get_by_text("Ready").wait_for()
     page.get_by_role("button", name="Estimate flow").click()
-    wait_for_answer(page, f"{gateway.url}/some/prefix/estimate_flow/")
+    wait_for_response(page, f"{gateway.url}/some/prefix/estimate_flow/")
     page.get_by_role("link", name="API").click()
     expect(page.get_by_role("combobox").first).to_have_value(f"{gateway.url}/some/prefix/")
 

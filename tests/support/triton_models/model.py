@@ -2,7 +2,7 @@
 
 flow[y, x] = ((R2 - R1) / 8, (G2 - G1) / 8), differences of the two images' red and green at (y, x).
 
-The model's `parameters` choose how it misbehaves: `delay_s` sleeps before the answer and stops
+The model's `parameters` choose how it misbehaves: `delay_s` sleeps before the response and stops
 early when the request is cancelled; `journal` names a file that gets a line per request ("done" or
 "cancelled"); `fault` is "nan" (a non-finite flow), "far" (one of 1e28 pixels) or "raise".
 
