@@ -383,12 +383,11 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         give_up: float | None = None
         while True:
-            load = min(
-                self._loads, key=lambda one: (max(one.rests_until, loop.time()), one.under_way)
-            )
-            await asyncio.sleep(load.rests_until - loop.time())
+            now = loop.time()
+            load = min(self._loads, key=lambda one: (max(one.rests_until - now, 0), one.under_way))
             load.under_way += 1
             try:
+                await asyncio.sleep(load.rests_until - now)
                 return await ask(self._endpoint(load))
             except _Unavailable as error:
                 load.rests_until = loop.time() + error.seconds

@@ -203,7 +203,11 @@ def test_endpoints_share_the_work_and_one_that_dies_loses_nothing(
             results = await asyncio.gather(*(client.flow(*frames) for _ in range(24)))
             return [one.flow for one in results]
 
-    with Scripted(npy(closed_form(*frames)), None) as dying:
+    flow = npy(closed_form(*frames))
+    with Scripted(flow) as one, Scripted(flow) as other:
+        asyncio.run(ask(f"{one.url},{other.url}"))
+        assert min(len(one.headers), len(other.headers)) >= 8
+    with Scripted(flow, None) as dying:
         servers = f"{dying.url}, {gateway.url}, grpc://{closed_form_triton.address.grpc}"
         flows = asyncio.run(ask(servers))
         assert len(dying.headers) > 1
