@@ -56,7 +56,9 @@ def link(project: metadata.Distribution, packages: Path) -> None:
 
 USE = """
 import importlib.util, sys
+from importlib.resources import files
 from flownet2 import Client
+assert (files("flownet2") / "py.typed").is_file()
 with Client(sys.argv[1]) as client:
     print(client.flow(sys.argv[2], sys.argv[3]).flow.shape)
 for absent in ("torch", "onnx", "openvino", "cv2", "fastapi"):
