@@ -62,9 +62,10 @@ class Engine:
         self.precision = precision or ("bf16" if has_bfloat16() else "f32")
         self._path = path
         self._model = _read(path, self.precision)
-        self._any_shape = _compile(self._model)
         self._planned = {USUAL_SHAPE: self._plan(USUAL_SHAPE)}
         self._planner = ThreadPoolExecutor(1)
+        # Beside the first requests: to wait for it would make a restart longer by a third.
+        self._any_shape = self._planner.submit(_compile, self._model)
         self._planning: tuple[Shape, Future[openvino.InferRequest]] | None = None
         self._recent: deque[Shape] = deque(maxlen=RECENT)
 
@@ -91,14 +92,14 @@ class Engine:
             return self._for_narrow_images
         if self._planning and self._planning[1].done():
             planned, future = self._planning
-            self._planned[planned] = self._any_shape if future.exception() else future.result()
+            self._planned[planned] = (self._any_shape if future.exception() else future).result()
             self._planning = None
         self._recent.append(shape)
         if shape in self._planned:
             return self._planned[shape]
         if self._recent.count(shape) >= RECURRING and not self._planning and self._fits(shape):
             self._planning = shape, self._planner.submit(self._plan, shape)
-        return self._any_shape
+        return self._any_shape.result()
 
     def _fits(self, shape: Shape) -> bool:
         """Whether a graph for a shape fits beside those in use; others are dropped for it."""
