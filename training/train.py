@@ -7,6 +7,11 @@ The last sub-network is trained, or those that `--train` names, together. `--fro
 begin with: a sub-network in training that no file holds begins from nothing, the others are frozen,
 as in the paper. A FlowNetC from nothing first learns to match features.
 
+On a CPU, one process for each core gets farther than one of several threads; each takes `--batch`
+samples a step:
+
+    torchrun --standalone --nproc-per-node 2 -m training.train …
+
 The learning rate goes down to zero at the end of the budget, `--minutes` or `--steps`. Started
 again with the same arguments, a run goes on from its last checkpoint, to the step: model,
 optimizer, schedule, random states and scenes.
@@ -113,7 +118,7 @@ class Trainer:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.textures = Textures(arguments.textures, self.device)
-        self.workers = Workers(arguments.workers)
+        self.workers = Workers()
         self.validation: list[Pair] = []
         if arguments.validation:
             pairs = list(read_pairs(arguments.validation))
@@ -283,7 +288,7 @@ class Trainer:
         for name, held, asked in (
             ("--network", state["network"], self.model.network.name),
             ("--train", state["blocks"], self.blocks),
-            ("--workers", len(state["workers"]), self.workers.count),
+            ("--nproc-per-node", len(state["workers"]), self.workers.count),
         ):
             if held != asked:
                 raise ValueError(
@@ -552,8 +557,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--validate-minutes", type=float, default=5.0)
     parser.add_argument("--log-seconds", type=float, default=20.0)
-    parser.add_argument("--workers", type=int, default=1, help="processes, --batch samples each")
-    parser.add_argument("--threads", type=int, help="CPU threads of each worker")
     parser.add_argument(
         "--crop", type=int, nargs=2, help="fixed crop height and width, multiples of 64"
     )
@@ -585,10 +588,7 @@ def keep_memory() -> None:
 def main() -> None:
     """The command line."""
     keep_memory()
-    arguments = parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    Trainer(arguments).run()
+    Trainer(parse()).run()
 
 
 if __name__ == "__main__":

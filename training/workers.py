@@ -7,9 +7,6 @@ of several threads, whose every operation waits for its slowest thread.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 import torch
@@ -18,27 +15,14 @@ from torch import Tensor, nn
 
 
 class Workers:
-    """This process among `count` equal ones; alone, every method does nothing."""
+    """This process among those that `torchrun` has started; alone, every method does nothing."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.rank = int(os.environ.get("TRAINING_RANK", "0"))
-        if count == 1:
-            return
-        if "TRAINING_RANK" not in os.environ:
-            meeting_point = os.path.join(tempfile.mkdtemp(), "workers")
-            os.environ |= {"TRAINING_STORE": meeting_point, "GLOO_SOCKET_IFNAME": "lo"}
-            for rank in range(1, count):
-                subprocess.Popen(  # noqa: S603 - this program, with its own arguments
-                    [sys.executable, "-m", "training.train", *sys.argv[1:]],
-                    env=os.environ | {"TRAINING_RANK": str(rank)},
-                )
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{os.environ['TRAINING_STORE']}",
-            rank=self.rank,
-            world_size=count,
-        )
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.count > 1 and not dist.is_initialized():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            dist.init_process_group("gloo")
 
     @property
     def first(self) -> bool:
