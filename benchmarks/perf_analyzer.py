@@ -84,7 +84,7 @@ class PerfAnalyzer:
                 "--concurrency-range", str(concurrency),
                 "--measurement-mode", "count_windows",
                 "--measurement-request-count", str(rounds * concurrency),
-                "--stability-percentage", "999",  # what it measures, not until it likes it
+                "--stability-percentage", "999",  # one measurement, however much it varies
                 "--max-trials", "3",
                 "-f", str(results),
             )  # fmt: skip

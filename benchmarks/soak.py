@@ -29,6 +29,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.report import bypass_proxies, machine, table
+from flownet2.contract import IMAGE_INPUTS
 from launch import gateway, triton
 from launch.check import Canary
 from launch.child import Child
@@ -38,6 +39,7 @@ from launch.supervisor import Fault, Start, Supervisor
 
 PAIRS = 4
 SIZE = (640, 480)
+BEGIN = time.monotonic()
 TOLERANCE_PX = 1e-3
 """Mean distance of a right flow from the one of a quiet server."""
 SMALL_BYTES = 2**30
@@ -121,9 +123,9 @@ def main() -> int:
     return 1 if wrong or faults or not outcomes[RIGHT] else 0
 
 
-def say(line: str, begin: float = time.monotonic()) -> None:
+def say(line: str) -> None:
     """Print what happens, and when."""
-    print(f"{time.monotonic() - begin:6.1f} s  {line}", flush=True)
+    print(f"{time.monotonic() - BEGIN:6.1f} s  {line}", flush=True)
 
 
 async def soak(
@@ -243,16 +245,16 @@ def read_flow(response: httpx.Response) -> npt.NDArray[np.float32]:
 
 
 def request(seed: int) -> dict[str, bytes]:
-    """The form of a pair: smooth noise, and the same moved by three pixels."""
+    """The files of a pair: smooth noise, and the same moved by three pixels."""
     noise = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8)
     image = Image.fromarray(noise).resize(SIZE, Image.Resampling.BICUBIC)
     moved = image.transform(SIZE, Image.Transform.AFFINE, (1, 0, 3, 0, 1, 0))
-    form = {}
-    for name, one in (("image1", image), ("image2", moved)):
+    files = {}
+    for name, one in zip(IMAGE_INPUTS, (image, moved), strict=True):
         file = io.BytesIO()
         one.save(file, "PNG")
-        form[name] = file.getvalue()
-    return form
+        files[name] = file.getvalue()
+    return files
 
 
 def memory(service: Server) -> tuple[str, str]:

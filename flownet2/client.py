@@ -108,7 +108,7 @@ class _Endpoint(Protocol):
 
 
 class _Gateway:
-    """A gateway: image files there, `.npy` or `.npz` back."""
+    """A gateway: takes image files, returns `.npy` or `.npz`."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None, timeout: float) -> None:
         import httpx  # noqa: PLC0415  slow to import, and only needed here
@@ -179,7 +179,7 @@ class _Gateway:
 
 
 class _Triton:
-    """A Triton: pixels there, pixels' flow back."""
+    """A Triton: takes pixels, returns their flow."""
 
     def __init__(self, url: str, model: str | None, timeout: float) -> None:
         import tritonclient.grpc.aio as triton  # noqa: PLC0415  slow, and only needed here

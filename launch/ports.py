@@ -75,8 +75,9 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
             ) from error
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports that nothing listens on at this moment."""
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nothing listens on at this moment."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        address = ("127.0.0.1", 0)
+        sockets = [stack.enter_context(socket.create_server(address)) for _ in range(count)]
         return [one.getsockname()[1] for one in sockets]

@@ -230,7 +230,7 @@ def carry_flow(block: EncoderDecoder) -> None:
                 read(layer.weight[:, :, 1:2, 1:2], 1.0)
 
 
-def channel_means(model: FlowNet2, mean: float = 0.45) -> None:
+def channel_means(model: FlowNet2) -> None:
     """Set the means that the network subtracts, all the same: training permutes the colours."""
-    model.mean1.fill_(mean)
-    model.mean2.fill_(mean)
+    model.mean1.fill_(0.45)
+    model.mean2.fill_(0.45)

@@ -4,8 +4,8 @@
     python -m training.train --network FlowNet2-cs --from runs/c.safetensors --out runs/cs
 
 The last sub-network is trained, or those that `--train` names, together. `--from` gives weights to
-begin with: a sub-network in training that no file holds begins from nothing, the others are frozen,
-as in the paper. A FlowNetC from nothing first learns to match features.
+begin with: a sub-network in training that no file holds is trained from scratch, the others are
+frozen, as in the paper. A FlowNetC from scratch first learns to match features.
 
 On a CPU, one process for each core gets farther than one of several threads; each takes `--batch`
 samples a step:
@@ -182,9 +182,9 @@ class Trainer:
     # -- beginning and resuming -------------------------------------------------------------
 
     def begin(self) -> None:
-        """Take the weights of --from, and set up what begins from nothing."""
+        """Take the weights of --from, and initialise what is trained from scratch."""
         channel_means(self.model)
-        self.source = "trained from nothing on synthetic pairs by this project's training.train, "
+        self.source = "trained from scratch on synthetic pairs by this project's training.train, "
         given: set[str] = set()
         for path in self.arguments.weights:
             blocks, source = take_weights(self.model, path)

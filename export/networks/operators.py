@@ -158,9 +158,9 @@ def channel_norm(x: Tensor) -> Tensor:
 def resample(x: Tensor, height: int, width: int, shrink: int = 1) -> Tensor:
     """Resize to `height` x `width` as Caffe's layer ``Resample`` does (LINEAR, antialias on).
 
-    An output is the mean of the inputs around its place, weighted by a triangle as wide as a pixel
-    of the input, or where the image shrinks, of the output. As in Caffe, the half-pixel offset of
-    each axis is that of the other axis' factor. The arithmetic is in float32.
+    An output is the mean of the inputs around its position, weighted by a triangle as wide as a
+    pixel of the input, or where the image shrinks, of the output. As in Caffe, the half-pixel
+    offset of each axis is that of the other axis' factor. The arithmetic is in float32.
 
     Args:
         x: ``[N, C, H, W]``.

@@ -77,11 +77,11 @@ export async function estimate(request, signal) {
   const options = { method: "POST", body, headers: { Accept: accept }, signal };
   const [response, content] = await call(path, options);
   const arrays = request.both ? await parseNpz(content) : { flow: parseNpy(content) };
-  return answer(arrays, response.headers.get("Server-Timing") ?? "");
+  return toResponse(arrays, response.headers.get("Server-Timing") ?? "");
 }
 
 /** Arrays and a `Server-Timing` header as `estimate` gives them. */
-export function answer({ flow, occluded }, timing) {
+function toResponse({ flow, occluded }, timing) {
   const [height, width] = flow.shape;
   return {
     flow: { width, height, data: flow.data },
@@ -90,7 +90,7 @@ export function answer({ flow, occluded }, timing) {
   };
 }
 
-/** The sample that the page opens with: its request's images and its answer, made beforehand. */
+/** The sample that the page opens with: its request's images and its response, made beforehand. */
 export async function sample() {
   const file = async (name) => (await fetch(new URL(`web/sample/${name}`, BASE))).blob();
   const [first, second, arrays, about] = await Promise.all(
@@ -100,6 +100,6 @@ export async function sample() {
     image1: { blob: first, name: "image1.jpg" },
     image2: { blob: second, name: "image2.jpg" },
     model: JSON.parse(await about.text()),
-    answer: answer(await parseNpz(await arrays.arrayBuffer()), ""),
+    response: toResponse(await parseNpz(await arrays.arrayBuffer()), ""),
   };
 }

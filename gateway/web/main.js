@@ -16,7 +16,7 @@ let served = []; // what /models lists
 let waiting = 0; // the timer that asks for it again
 let pair = [null, null]; // the images of the next request: {blob, name}
 let untouched = true; // they are still the sample's
-let shown = null; // the request and the answer that are on display
+let shown = null; // the request and the response that are on display
 let running = null; // the AbortController of the request in flight
 let video = null; // the opened Video
 let live = null; // the Video or Camera that plays
@@ -64,7 +64,7 @@ async function run() {
   if (!live) $("status").textContent = "Estimating…";
   const began = performance.now();
   try {
-    const [answer, image1, image2] = await Promise.all([
+    const [response, image1, image2] = await Promise.all([
       estimate(asked, signal),
       decode(asked.image1),
       decode(asked.image2),
@@ -72,7 +72,7 @@ async function run() {
     const ms = performance.now() - began;
     const model = served.find((one) => (asked.model ? one.name === asked.model : one.default));
     const rate = live ? `${(1000 / ms).toFixed(1)} pairs a second` : `${ms.toFixed(0)} ms in all`;
-    display({ asked, answer, image1, image2, model: model ?? {} }, rate);
+    display({ asked, response, image1, image2, model: model ?? {} }, rate);
     $("status").textContent = live ? rate : `Done in ${ms.toFixed(0)} ms.`;
     return true;
   } catch (error) {
@@ -91,16 +91,16 @@ async function run() {
 
 function display(result, rate) {
   shown = result;
-  const { asked, answer, image1, image2, model } = result;
-  viewer.show({ ...answer, image1, image2 });
+  const { asked, response, image1, image2, model } = result;
+  viewer.show({ ...response, image1, image2 });
   const { width, height } = viewer.size;
   $("credit").hidden = !untouched;
   $("dimensions").textContent = `${width} × ${height}`;
   $("longest").textContent = `longest ${viewer.longest.toFixed(1)} px`;
   showScale();
-  showModel($("about"), model, answer.flow, rate);
-  $("timing").hidden = answer.stages.length === 0;
-  showStages({ bar: $("bar"), list: $("stages"), total: $("total") }, answer.stages);
+  showModel($("about"), model, response.flow, rate);
+  $("timing").hidden = response.stages.length === 0;
+  showStages({ bar: $("bar"), list: $("stages"), total: $("total") }, response.stages);
   showCode(asked);
 }
 
@@ -360,15 +360,15 @@ for (const control of all('#arrows, #occluded, #blend, input[name="second"]')) {
   control.addEventListener("input", showOptions);
 }
 $("occluded").addEventListener("change", ({ target }) => {
-  if (target.checked && !shown?.answer.occluded && !live) run();
+  if (target.checked && !shown?.response.occluded && !live) run();
 });
 showOptions(); // a browser that reloads a page keeps what was set
 
-// The answer
+// The response
 
 const FILES = {
-  flo: () => toFlo(shown.answer.flow),
-  npy: () => toNpy(shown.answer.flow),
+  flo: () => toFlo(shown.response.flow),
+  npy: () => toNpy(shown.response.flow),
   png: () => viewer.picture(),
 };
 
@@ -402,13 +402,13 @@ $("copy").addEventListener("click", async () => {
 // What a visitor sees first
 
 async function open() {
-  const { image1, image2, model, answer } = await sample();
+  const { image1, image2, model, response } = await sample();
   if (!untouched) return;
   pair = [image1, image2];
   showSlots();
   const asked = { ...request(), size: "native", both: true, model: "" };
   const [first, second] = await Promise.all(pair.map(decode));
-  display({ asked, answer, image1: first, image2: second, model }, "computed beforehand");
+  display({ asked, response, image1: first, image2: second, model }, "computed beforehand");
   $("status").textContent = "A sample, computed beforehand.";
 }
 

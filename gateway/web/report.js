@@ -1,4 +1,4 @@
-// What an answer says about itself, in words and figures.
+// What a response says about itself, in words and figures.
 
 const STAGES = {
   read: "receive",

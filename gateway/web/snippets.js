@@ -45,12 +45,12 @@ function withoutClient(request, first, second, withKey) {
     "import numpy as np",
     "",
     `with open(${first}, "rb") as image1, open(${second}, "rb") as image2:`,
-    `    answer = httpx.post(`,
+    `    response = httpx.post(`,
     `        ${python(new URL(path, BASE).href)},`,
     `        files={"image1": image1, "image2": image2},`,
     `        headers={"Accept": ${python(accept)}${key}},`,
     `        timeout=60,`,
     `    ).raise_for_status()`,
-    "result = np.load(io.BytesIO(answer.content))",
+    "result = np.load(io.BytesIO(response.content))",
   ].join("\n");
 }

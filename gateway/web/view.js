@@ -1,4 +1,4 @@
-// The two pictures of an answer: the flow in colours, and the images that it joins.
+// The two pictures of a response: the flow in colours, and the images that it joins.
 
 import { colourise, longest, wheel } from "./colours.js";
 
@@ -57,7 +57,7 @@ export function warp(image2, flow, scale) {
   return layer(width, height, (context) => context.putImageData(target, 0, 0));
 }
 
-/** Shows an answer on two canvases, with one crosshair; what is shown is set by `options`. */
+/** Shows a response on two canvases, with one crosshair; what is shown is set by `options`. */
 export class Viewer {
   options = { blend: 0, warped: true, arrows: true, occluded: false, maximum: null };
   #point = null; // the crosshair, as shares of the width and the height
@@ -81,7 +81,7 @@ export class Viewer {
     }
   }
 
-  /** Show an answer; an image that the browser cannot show is null. */
+  /** Show a response; an image that the browser cannot show is null. */
   show({ image1, image2, flow, occluded }) {
     const { width, height } = image1 ?? image2 ?? flow;
     this.size = { width, height };

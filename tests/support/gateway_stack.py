@@ -5,7 +5,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
+
+from launch.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path(__file__).parent / "triton_models" / "model.py"
@@ -82,9 +83,7 @@ def write_repository(folder: Path) -> Path:
 
 def free_port() -> int:
     """A TCP port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    return free_ports(1)[0]
 
 
 class Gateway:
