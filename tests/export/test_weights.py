@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 
 from export.networks import NETWORKS, FlowNet2
@@ -22,8 +21,13 @@ from tests.support.caffe_reference import Blobs, make_blobs, write_h5
 THIN_C = NETWORKS["FlowNet2-c"]
 
 
+def varint(number: int) -> bytes:
+    """Seven bits a byte, lowest first; the eighth says that more follow."""
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
 def field(number: int, payload: bytes) -> bytes:
-    return _VarintBytes(number << 3 | 2) + _VarintBytes(len(payload)) + payload
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
 def write_caffemodel(path: Path, blobs: Blobs, legacy: bool = False) -> Path:
@@ -35,11 +39,9 @@ def write_caffemodel(path: Path, blobs: Blobs, legacy: bool = False) -> Path:
             blob = field(5, value.astype("<f4").tobytes())
             if legacy:
                 axes = (1,) * (4 - value.ndim) + value.shape
-                blob += b"".join(
-                    _VarintBytes(i << 3) + _VarintBytes(size) for i, size in enumerate(axes, 1)
-                )
+                blob += b"".join(varint(i << 3) + varint(size) for i, size in enumerate(axes, 1))
             else:
-                blob += field(7, field(1, b"".join(map(_VarintBytes, value.shape))))
+                blob += field(7, field(1, b"".join(map(varint, value.shape))))
             body += field(6 if legacy else 7, blob)
         net += field(2 if legacy else 100, body)
     path.write_bytes(net)
