@@ -10,7 +10,7 @@ frozen, as in the paper. A FlowNetC from scratch first learns to match features.
 On a CPU, one process for each core gets farther than one of several threads; each takes `--batch`
 samples a step:
 
-    torchrun --standalone --nproc-per-node 2 -m training.train …
+    torchrun --nproc-per-node 2 -m training.train …
 
 The learning rate goes down to zero at the end of the budget, `--minutes` or `--steps`. Started
 again with the same arguments, a run goes on from its last checkpoint, to the step: model,
