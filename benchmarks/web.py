@@ -80,7 +80,7 @@ def compare(seconds: float, frames: Sequence[bytes] | None = None) -> str:
             )
     head = ("service, processes: input, output", "CPU ms/request")
     return table(
-        (*head, *(f"pairs/s, {clients} clients" for clients in CLIENTS)),
+        (*head, *(f"pairs/s, clients: {clients}" for clients in CLIENTS)),
         rows,
     )
 
