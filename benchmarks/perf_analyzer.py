@@ -18,6 +18,7 @@ from PIL import Image
 
 from benchmarks.report import bypass_proxies, table
 from benchmarks.samples import SAMPLES, sample_folders
+from flownet2.contract import IMAGE_INPUTS, MODEL_NAME
 from launch import triton
 from launch.errors import LaunchError
 
@@ -75,12 +76,11 @@ class PerfAnalyzer:
             data, results = Path(folder) / "pair.json", Path(folder) / "results.csv"
             data.write_text(json.dumps({"data": [sample_pair()]}), encoding="utf-8")
             self._run(
-                "-m", "flownet2",
+                "-m", MODEL_NAME,
                 "-i", "grpc",
                 "-u", address.grpc,
                 "--input-data", str(data),
-                "--shape", f"image1:{SIZE},{SIZE},3",
-                "--shape", f"image2:{SIZE},{SIZE},3",
+                *(f"--shape={name}:{SIZE},{SIZE},3" for name in IMAGE_INPUTS),
                 "--concurrency-range", str(concurrency),
                 "--measurement-mode", "count_windows",
                 "--measurement-request-count", str(rounds * concurrency),
@@ -111,7 +111,7 @@ def sample_pair() -> dict[str, dict[str, str]]:
     if not folders:
         raise Unavailable(f"no sample pair in {SAMPLES}")
     pair = {}
-    for index, name in enumerate(("image1", "image2")):
+    for index, name in enumerate(IMAGE_INPUTS):
         with Image.open(folders[0] / f"frame{index}.png") as image:
             pixels = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS).tobytes()
         pair[name] = {"b64": base64.b64encode(pixels).decode("ascii")}

@@ -24,6 +24,7 @@ from PIL import Image
 
 from benchmarks.report import milliseconds, table
 from benchmarks.samples import sample_folders
+from flownet2.contract import IMAGE_INPUTS
 from launch import gateway
 from launch.check import answers_ok
 from launch.child import Child
@@ -142,7 +143,7 @@ def form_of(files: Sequence[bytes]) -> tuple[str, bytes]:
     """A multipart form with two images, and its boundary."""
     boundary = uuid.uuid4().hex
     parts = []
-    for name, file in zip(("image1", "image2"), files, strict=True):
+    for name, file in zip(IMAGE_INPUTS, files, strict=True):
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="a"\r\n'
         parts += [head.encode(), b"\r\n", file, b"\r\n"]
     return boundary, b"".join(parts) + f"--{boundary}--\r\n".encode()

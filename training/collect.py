@@ -81,8 +81,8 @@ def usable_photo(picture: Image.Image) -> Image.Image | None:
     picture = picture.convert("RGB").resize(
         (round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS
     )
-    gray = np.asarray(picture.convert("L").resize((448, 448)), np.float32)
-    texture = np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()
+    grey = np.asarray(picture.convert("L").resize((448, 448)), np.float32)
+    texture = np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()
     return picture if texture >= LEAST_TEXTURE else None
 
 

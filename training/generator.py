@@ -78,11 +78,11 @@ def _matrix(rows: list[list[Tensor | float]], count: int) -> Tensor:
 
 
 def _similarity(
-    center: tuple[Tensor, Tensor], shift: tuple[Tensor, Tensor], angle: Tensor, scale: Tensor
+    centre: tuple[Tensor, Tensor], shift: tuple[Tensor, Tensor], angle: Tensor, scale: Tensor
 ) -> Tensor:
-    """Rotation and scaling about `center`, then a shift: [N, 3, 3]."""
+    """Rotation and scaling about `centre`, then a shift: [N, 3, 3]."""
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
-    x, y = center
+    x, y = centre
     return _matrix(
         [
             [cos, -sin, x + shift[0] - cos * x + sin * y],
@@ -94,11 +94,11 @@ def _similarity(
 
 
 def _texture_map(
-    center: tuple[Tensor, Tensor], angle: Tensor, half_width: Tensor, half_height: Tensor
+    centre: tuple[Tensor, Tensor], angle: Tensor, half_width: Tensor, half_height: Tensor
 ) -> Tensor:
     """Canonical pixels to normalised texture coordinates (-1..1 across the texture)."""
     cos, sin = torch.cos(angle), torch.sin(angle)
-    x, y = center
+    x, y = centre
     return _matrix(
         [
             [cos / half_width, sin / half_width, -(cos * x + sin * y) / half_width],
@@ -160,16 +160,16 @@ def _camera(random: _Random, height: int, width: int, displacement: float) -> Te
 def _background(
     random: _Random, tiles: Tensor, height: int, width: int, displacement: float
 ) -> _Layer:
-    center = (random.uniform(0, width), random.uniform(0, height))
+    centre = (random.uniform(0, width), random.uniform(0, height))
     motion = _similarity(
-        center,
+        centre,
         _shift(random, 3.0 * displacement, 1.1),
         random.normal() * 0.025 * displacement * random.chance(0.7),
         torch.exp(random.normal() * 0.025 * displacement * random.chance(0.7)),
     )
     camera = _camera(random, height, width, displacement)
     half = TILE_SIZE / 2 / random.uniform(0.55, 1.15)
-    texture_map = _texture_map(center, random.uniform(0, 2 * math.pi), half, half)
+    texture_map = _texture_map(centre, random.uniform(0, 2 * math.pi), half, half)
     bend = _bend(random, height, width, 1.5 * displacement, tiles.device)
     # Two photographs mixed, now and then, double the variety.
     mix = (random.uniform(0.2, 0.5) * random.chance(0.25)).float().to(tiles.device)
@@ -188,9 +188,9 @@ def _object(
     background: Tensor,
 ) -> _Layer:
     count = random.count
-    center = (random.uniform(0, width), random.uniform(0, height))
+    centre = (random.uniform(0, width), random.uniform(0, height))
     own = _similarity(
-        center,
+        centre,
         _shift(random, 4.0 * displacement, 1.1),
         random.normal() * 0.12 * displacement * random.chance(0.7),
         torch.exp(random.normal() * 0.07 * displacement * random.chance(0.7)),
@@ -201,8 +201,8 @@ def _object(
     thin = torch.where(random.chance(0.25), random.uniform(0.04, 0.2), random.uniform(0.6, 1.2))
     present = random.chance(PRESENCE)
     far = 4.0 * (height + width)
-    center = (torch.where(present, center[0], torch.full_like(half, far)), center[1])
-    texture_map = _texture_map(center, random.uniform(0, 2 * math.pi), half, half * thin)
+    centre = (torch.where(present, centre[0], torch.full_like(half, far)), centre[1])
+    texture_map = _texture_map(centre, random.uniform(0, 2 * math.pi), half, half * thin)
 
     outlines, colourless = textures.outlines(count, size, random.generator)
     from_photo = colourless | random.chance(0.4).to(tiles.device)

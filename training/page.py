@@ -13,6 +13,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from flownet2.contract import IMAGE_INPUTS
+
 ROOT = Path(__file__).parents[1]
 STEPS = 16
 """Of the rounded flow in a pixel."""
@@ -21,7 +23,7 @@ STEPS = 16
 def write_sample(pair: Path, url: str, folder: Path) -> None:
     """Write the page's sample: image1.jpg, image2.jpg, flow.npz and about.json."""
     images = {}
-    for index, name in enumerate(("image1", "image2")):
+    for index, name in enumerate(IMAGE_INPUTS):
         file = folder / f"{name}.jpg"
         Image.open(pair / f"frame{index}.png").save(file, quality=92)
         images[name] = file.read_bytes()

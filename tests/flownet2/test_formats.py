@@ -38,14 +38,14 @@ def test_flo_has_middleburys_layout(flow: np.ndarray) -> None:
 def read_png16(data: bytes) -> np.ndarray:
     """A 16-bit RGB PNG, by the PNG specification, one byte at a time."""
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, place = {}, 8
-    while place < len(data):
-        size, kind = struct.unpack_from(">I4s", data, place)
-        content = data[place + 8 : place + 8 + size]
-        (checksum,) = struct.unpack_from(">I", data, place + 8 + size)
+    chunks, position = {}, 8
+    while position < len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        content = data[position + 8 : position + 8 + size]
+        (checksum,) = struct.unpack_from(">I", data, position + 8 + size)
         assert checksum == zlib.crc32(kind + content)
         chunks[kind] = chunks.get(kind, b"") + content
-        place += 12 + size
+        position += 12 + size
     width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     assert (depth, colour, rest) == (16, 2, [0, 0, 0])
     raw = zlib.decompress(chunks[b"IDAT"])
@@ -96,12 +96,12 @@ def middlebury_colour(u: float, v: float, longest: float) -> list[int]:
                 colour[falling] = 255 - 255 * i // count
             wheel.append(colour)
     radius = float(np.hypot(u, v)) / longest
-    place = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
-    low = int(place)
+    position = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
+    low = int(position)
     pixel = []
     for channel in range(3):
         first, second = wheel[low][channel], wheel[(low + 1) % len(wheel)][channel]
-        value = ((1 - (place - low)) * first + (place - low) * second) / 255
+        value = ((1 - (position - low)) * first + (position - low) * second) / 255
         value = 1 - radius * (1 - value) if radius <= 1 else value * 0.75
         pixel.append(int(255 * value))
     return pixel

@@ -36,12 +36,12 @@ def test_end_point_error_and_fl(random: np.random.Generator) -> None:
     assert np.isnan(error[0, 0])
     assert not wrong[0, 0]
     seen = set()
-    for place in list(np.ndindex(HEIGHT, WIDTH))[1:]:
-        distance = float(np.linalg.norm(flow[place].astype(float) - truth[place]))
-        length = float(np.linalg.norm(truth[place]))
-        assert error[place] == pytest.approx(distance)
-        assert wrong[place] == (distance > 3 and distance / length > 0.05)
-        seen.add((distance > 3, bool(wrong[place])))
+    for position in list(np.ndindex(HEIGHT, WIDTH))[1:]:
+        distance = float(np.linalg.norm(flow[position].astype(float) - truth[position]))
+        length = float(np.linalg.norm(truth[position]))
+        assert error[position] == pytest.approx(distance)
+        assert wrong[position] == (distance > 3 and distance / length > 0.05)
+        seen.add((distance > 3, bool(wrong[position])))
     assert seen == {(False, False), (True, False), (True, True)}
 
 

@@ -81,7 +81,7 @@ def test_opens_on_a_result(page: Page) -> None:
     assert colours > 100
 
 
-def test_the_sample_is_what_the_shipped_weights_answer(stack: Stack) -> None:
+def test_the_sample_is_what_the_shipped_weights_give(stack: Stack) -> None:
     files = {name: (SAMPLE / f"{name}.jpg").read_bytes() for name in ("image1", "image2")}
     response = httpx.post(
         f"{stack.url}/estimate_flow/?size=native",
@@ -128,7 +128,7 @@ def test_occluded_pixels(page: Page, gateway: Gateway) -> None:
         assert ("occluded" in page.locator("#readout").inner_text()) == mask[y, x]
 
 
-def test_files_and_commands_are_the_answer(page: Page, gateway: Gateway, tmp_path: Path) -> None:
+def test_files_and_commands_are_the_response(page: Page, gateway: Gateway, tmp_path: Path) -> None:
     """Downloads and what the curl command writes are the API's bytes."""
     drop(page, FILES)
     wait_for_response(page, "a_10.png")
