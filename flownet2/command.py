@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ FormatName = Annotated[
 
 def main() -> NoReturn:
     """Run the command; exit status 1 with one line on errors, 2 for wrong usage."""
+    # A script that starts it with `&` has SIGINT ignored, and its own Ctrl-C is to end this too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
