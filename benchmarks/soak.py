@@ -228,7 +228,7 @@ def outcome(response: httpx.Response, expected: npt.NDArray[np.float32]) -> str:
         and "retry-after" in response.headers
     ):
         return REFUSED
-    return f"{response.status_code} {response.json()['type'].rpartition(':')[2]}"
+    return f"{response.status_code} {response.text[:100]}"
 
 
 async def post(client: httpx.AsyncClient, pair: dict[str, bytes]) -> httpx.Response:
@@ -259,7 +259,8 @@ def request(seed: int) -> dict[str, bytes]:
 
 def memory(service: Server) -> tuple[str, str]:
     """MiB that the gateway holds, and those used in /dev/shm."""
-    assert service.child
+    while not service.child:  # it answers a little before it is known to be ready
+        time.sleep(0.1)
     parent = psutil.Process(service.child.pid)
     resident = sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True)))
     return f"{resident / 2**20:.0f}", f"{shutil.disk_usage(FOLDER).used / 2**20:.0f}"

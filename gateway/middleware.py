@@ -1,5 +1,6 @@
 """What happens to every request: an identity, a log line, security headers."""
 
+import asyncio
 import logging
 import re
 import uuid
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.context import Context
-from gateway.errors import CorsRefused, GatewayError, InternalError
+from gateway.errors import CorsRefused, GatewayError, InferenceUnavailable, InternalError
 from gateway.metrics import Metrics
 
 log = logging.getLogger("gateway.access")
@@ -61,8 +62,10 @@ class ContextMiddleware:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception as caught:
+        except (Exception, asyncio.CancelledError) as caught:
             error = caught if isinstance(caught, GatewayError) else InternalError(_BUG)
+            if isinstance(caught, asyncio.CancelledError):  # a shutdown's grace is over
+                error = InferenceUnavailable("The gateway is shutting down. Try again.")
             context.outcome = error.slug
             if isinstance(error, InternalError):
                 log.exception("unhandled", extra={"request_id": context.request_id})
