@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        state.cluster.start()
+        await state.cluster.start()
         gauges = asyncio.create_task(state.metrics.keep_current())
         yield
         gauges.cancel()

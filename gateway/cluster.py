@@ -7,6 +7,7 @@ whether the model answers.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import socket
@@ -19,6 +20,7 @@ from gateway.images import Pixels
 log = logging.getLogger("gateway.cluster")
 
 RESOLVE_SECONDS = 2.0
+FIRST_LOOK_SECONDS = 5.0
 
 
 class Cluster:
@@ -50,8 +52,13 @@ class Cluster:
         """The endpoints there are, serving or not."""
         return list(self._watches)
 
-    def start(self) -> None:
-        """Begin to resolve names and to watch endpoints."""
+    async def start(self) -> None:
+        """Begin to resolve names and to watch endpoints, and wait until each was asked once: a
+        process that takes another's place should not refuse what it could have served."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                await asyncio.gather(*(self._resolve(*host) for host in self._hosts))
+                await asyncio.gather(*(one.asked.wait() for one in self.endpoints))
         self._resolvers = [asyncio.create_task(self._keep_resolving(*host)) for host in self._hosts]
 
     async def close(self) -> None:
@@ -64,21 +71,25 @@ class Cluster:
         self._watches.clear()
 
     async def _keep_resolving(self, host: str, port: int) -> None:
-        """Follow one name's addresses, for ever; while it does not resolve, those it had."""
+        """Follow one name's addresses, for ever."""
         while True:
-            try:
-                found = await asyncio.get_running_loop().getaddrinfo(
-                    host, port, type=socket.SOCK_STREAM
-                )
-                self._addresses[host, port] = {
-                    f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for *_, (ip, *_) in found
-                }
-                self._follow(set().union(*self._addresses.values()))
-            except OSError as error:
-                log.warning("%s does not resolve: %s", host, error)
-            except Exception:  # whatever it is, it may pass
-                log.exception("%s cannot be followed", host)
             await asyncio.sleep(RESOLVE_SECONDS)
+            await self._resolve(host, port)
+
+    async def _resolve(self, host: str, port: int) -> None:
+        """Watch one name's addresses; while it does not resolve, those it had."""
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+            self._addresses[host, port] = {
+                f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for *_, (ip, *_) in found
+            }
+            self._follow(set().union(*self._addresses.values()))
+        except OSError as error:
+            log.warning("%s does not resolve: %s", host, error)
+        except Exception:  # whatever it is, it may pass
+            log.exception("%s cannot be followed", host)
 
     def _follow(self, wanted: set[str]) -> None:
         """Watch these addresses and no others."""

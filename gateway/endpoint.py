@@ -161,6 +161,7 @@ class Endpoint:
         # What Triton calls ready may be dead (a Python backend's process that was killed), so these
         # are served only once they have returned a flow.
         self.unproven = {self.default_model}
+        self.asked = asyncio.Event()  # at least once
         self._in_flight = 0
         self._last_flow = -math.inf
         # The stub itself: tritonclient's class around it takes twice the processor time.
@@ -181,6 +182,7 @@ class Endpoint:
                 level = logging.WARNING if self.error else logging.INFO
                 state = {"endpoint": self.address, "models": sorted(self.models)}
                 log.log(level, self.error or "endpoint is serving", extra=state)
+            self.asked.set()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _refresh(self) -> None:

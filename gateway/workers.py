@@ -1,13 +1,14 @@
 """Several processes on one port, by uvicorn's supervisor: it replaces one that died or hangs."""
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -82,10 +83,25 @@ def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
         return int(supervisor.failed)
 
 
+def orphaned() -> bool:
+    """Whether the process that started this one is gone."""
+    parent = multiprocessing.parent_process()
+    return parent is None or os.getppid() != parent.pid
+
+
+def end_worker() -> NoReturn:
+    """End this process, and for a supervisor that was killed, remove what it could not."""
+    if orphaned():
+        shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
+    # Without the threads that still decode what nobody waits for: nothing can stop them.
+    os._exit(0)
+
+
 def create_worker() -> FastAPI:
     """The application in one of the processes, with its part of the limits."""
-    parent = os.getppid()
     end_with_parent()
+    if orphaned():  # before the kernel was asked to watch
+        end_worker()
     tune_malloc()
     settings = Settings()
     logs.configure(settings.log_level)
@@ -96,10 +112,7 @@ def create_worker() -> FastAPI:
     async def until_the_end(app: FastAPI) -> AsyncIterator[Any]:
         async with lifespan(app) as state:
             yield state
-        if os.getppid() != parent:  # it was killed, and could not
-            shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
-        # Without the threads that still decode what nobody waits for: nothing can stop them.
-        os._exit(0)
+        end_worker()
 
     def announce(*_: object) -> None:
         app.state.gateway.stopping = True

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import io
+import itertools
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +29,15 @@ def test_no_request_is_lost_when_tritons_come_and_go(
     if wrapper is None:
         pytest.skip("nss_wrapper is not installed (apt-get install libnss-wrapper)")
     (grpc,) = free_ports(1)
-    hosts = tmp_path / "hosts"
+    hosts, fresh = tmp_path / "hosts", tmp_path / "hosts.new"
+    changes = itertools.count(1)
 
     def resolve(*addresses: str) -> None:
         """Let the name stand for these addresses."""
-        hosts.write_text("".join(f"{one} {NAME}\n" for one in addresses))
+        fresh.write_text("".join(f"{one} {NAME}\n" for one in addresses))
+        # nss_wrapper reads a file again whose time of change differs in whole seconds.
+        os.utime(fresh, (next(changes),) * 2)
+        fresh.replace(hosts)
 
     def start(stack: contextlib.ExitStack, host: str) -> triton.Triton:
         http, metrics = free_ports(2)
