@@ -22,16 +22,16 @@ UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 class Instant(GRPCInferenceServiceServicer):  # type: ignore[misc]
     """Serves the model `flownet2`."""
 
-    def RepositoryIndex(self, _request: Any, _context: Any) -> Any:
-        index = messages.RepositoryIndexResponse()
-        index.models.add(name=contract.MODEL_NAME, version="1", state="READY")
-        return index
+    def ModelStatistics(self, _request: Any, _context: Any) -> Any:
+        statistics = messages.ModelStatisticsResponse()
+        statistics.model_stats.add(name=contract.MODEL_NAME, version="1")
+        return statistics
 
     def ServerMetadata(self, _request: Any, _context: Any) -> Any:
         return messages.ServerMetadataResponse(name="instant", version="instant")
 
     def ModelMetadata(self, request: Any, _context: Any) -> Any:
-        metadata = messages.ModelMetadataResponse(name=request.name)
+        metadata = messages.ModelMetadataResponse(name=request.name, versions=["1"])
         for name in contract.IMAGE_INPUTS:
             metadata.inputs.add(name=name, datatype=contract.IMAGE_TYPE, shape=[-1, -1, -1, 3])
         metadata.outputs.add(

@@ -245,9 +245,9 @@ class _Triton:
                 | {"name": name, "version": version, "parameters": parameters, "default": default}
             )
 
-        index = await self._ask(self._client.get_model_repository_index)
-        ready = [one for one in index.models if one.state == "READY"]
-        return [await describe(one.name, one.version) for one in ready]
+        # Of those that are ready; the repository's index is for the operator alone.
+        statistics = await self._ask(self._client.get_inference_statistics)
+        return [await describe(one.name, one.version) for one in statistics.model_stats]
 
     async def _ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
         from tritonclient.utils import InferenceServerException  # noqa: PLC0415

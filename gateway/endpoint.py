@@ -186,20 +186,21 @@ class Endpoint:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _refresh(self) -> None:
-        index = await self._stub.RepositoryIndex(
-            messages.RepositoryIndexRequest(), timeout=PATIENCE_SECONDS
+        # Of all models that are ready. The repository's index is for the operator alone, as it goes
+        # with the right to load and unload them.
+        statistics = await self._stub.ModelStatistics(
+            messages.ModelStatisticsRequest(), timeout=PATIENCE_SECONDS
         )
-        ready = {(one.name, one.version) for one in index.models if one.state == "READY"}
-        known = {(model.name, model.version): model for model in self.models.values()}
-        if not known:  # a new connection: what is there now may be another server
+        ready = {one.name for one in statistics.model_stats}
+        if not self.models:  # a new connection: what is there now may be another server
             server = await self._stub.ServerMetadata(
                 messages.ServerMetadataRequest(), timeout=PATIENCE_SECONDS
             )
             self.version = server.version
         models, errors = {}, []
-        for name, version in sorted(ready):
+        for name in sorted(ready):
             try:
-                models[name] = known.get((name, version)) or await self._describe(name, version)
+                models[name] = await self._describe(name)
                 await self._prove(name)
             except ContractBroken as error:
                 errors.append(f"{name}: {error}")
@@ -222,20 +223,20 @@ class Endpoint:
                 model, CANARY, CANARY, timeout=PATIENCE_SECONDS, request_id="canary", headers={}
             )
 
-    async def _describe(self, name: str, version: str) -> Model:
-        check_contract(
-            await self._stub.ModelMetadata(
-                messages.ModelMetadataRequest(name=name, version=version), timeout=PATIENCE_SECONDS
-            )
+    async def _describe(self, name: str) -> Model:
+        # Each time anew: it may be loaded again with other files.
+        metadata = await self._stub.ModelMetadata(
+            messages.ModelMetadataRequest(name=name), timeout=PATIENCE_SECONDS
         )
+        check_contract(metadata)
         found = await self._stub.ModelConfig(
-            messages.ModelConfigRequest(name=name, version=version), timeout=PATIENCE_SECONDS
+            messages.ModelConfigRequest(name=name), timeout=PATIENCE_SECONDS
         )
         facts = {key: value.string_value for key, value in found.config.parameters.items()}
         count = facts.get("parameters", "")
         return Model(
             name,
-            version,
+            metadata.versions[-1],
             found.config.backend,
             facts.get("network"),
             int(count) if count.isdecimal() else None,

@@ -3,7 +3,8 @@
 Environment: HOST (127.0.0.1; an IPv4 address or a name of one), PORT (5003, the gateway),
 TRITON_HTTP_PORT (8000), TRITON_GRPC_PORT (8001), TRITON_METRICS_PORT (8002), MODEL_REPOSITORY
 (`model_repository` of this checkout), VERBOSE (1: what the two print is shown, not only their
-errors); the gateway reads its own variables besides.
+errors), TRITON_ADMIN_KEY_FILE (a file with the key to what Triton opens to its operator alone); the
+gateway reads its own variables besides. SIGUSR1 has Triton load the repository's models again.
 """
 
 import contextlib
@@ -31,7 +32,8 @@ LOG_BYTES = 2**24
 
 def main() -> int:
     """Run both servers; 0 after a signal, 1 when one cannot start or is given up."""
-    stop = threading.Event()
+    stop, changed = threading.Event(), threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: changed.set())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Under nohup the end of the terminal stays ignored. SIGINT does not: what a script starts
         # with `&` begins with it ignored, and would outlive a Ctrl-C of that script.
@@ -45,14 +47,14 @@ def main() -> int:
             stop.set()
 
     try:
-        _run(stop, say)
+        _run(stop, changed, say)
     except (LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(stop: threading.Event, say: Echo) -> None:
+def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
     address = triton.Address.from_environment()
     port = port_from_environment("PORT", 5003)
     check_free(
@@ -68,9 +70,12 @@ def _run(stop: threading.Event, say: Echo) -> None:
     log = PROJECT / "build" / f"serve-{port}.log"
     echo = _output(log, say)
 
+    running: list[triton.Triton] = []
+
     @contextlib.contextmanager
     def start_triton(stop: threading.Event) -> Iterator[Child]:
         with triton.serve(repository, address=address, echo=echo("triton"), stop=stop) as server:
+            running[:] = [server]
             yield server.child
 
     def start_gateway(stop: threading.Event) -> AbstractContextManager[Child]:
@@ -91,6 +96,13 @@ def _run(stop: threading.Event, say: Echo) -> None:
             while not stop.wait(0.2):
                 server.ready()
                 service.ready()
+                if changed.is_set():
+                    changed.clear()
+                    try:
+                        running[0].reload()
+                        say("Triton has loaded the models again")
+                    except LaunchError as error:
+                        say(f"warning: {error}")
 
 
 def _is_ready(server: Supervisor, stop: threading.Event) -> bool:

@@ -19,7 +19,7 @@ from launch.ports import host_from_environment, port_from_environment
 TIMEOUT_SECONDS = 2.0
 
 # What runs on this machine is asked without the proxy that the environment may name.
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class Canary:
@@ -38,10 +38,10 @@ class Canary:
         Raises:
             OSError: Triton does not answer.
         """
-        for model in self._ask("/v2/repository/index", {"ready": True})[1]:
-            name = model["name"]
-            before, self._successes[name] = self._successes.get(name), self._count(name)
-            if before is not None and self._successes[name] > before:
+        for model in self._ask("/v2/models/stats")[1]["model_stats"]:
+            name, count = model["name"], int(model["inference_stats"]["success"]["count"])
+            before, self._successes[name] = self._successes.get(name), count
+            if before is not None and count > before:
                 continue
             try:
                 status, body = self._ask(f"/v2/models/{name}/infer", _REQUEST)
@@ -52,14 +52,10 @@ class Canary:
             self._successes[name] += status == HTTPStatus.OK
         return None
 
-    def _count(self, model: str) -> int:
-        (statistics,) = self._ask(f"/v2/models/{model}/stats")[1]["model_stats"]
-        return int(statistics["inference_stats"]["success"]["count"])
-
     def _ask(self, path: str, body: object = None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
         try:
-            with _open(self._url + path, data, timeout=TIMEOUT_SECONDS) as response:
+            with open_directly(self._url + path, data, timeout=TIMEOUT_SECONDS) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             with error:
@@ -81,7 +77,7 @@ _REQUEST = {
 def answers_ok(host: str, port: int, path: str) -> bool:
     """True when a GET of `path` is answered with status 200."""
     try:
-        with _open(url(host, port) + path, timeout=TIMEOUT_SECONDS) as response:
+        with open_directly(url(host, port) + path, timeout=TIMEOUT_SECONDS) as response:
             return bool(response.status == HTTPStatus.OK)
     except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors too
         return False

@@ -3,7 +3,8 @@
 It puts the served repository together and keeps tritonserver running with the fastest configuration
 that works: TensorRT, whose engines it builds first, then ONNX Runtime, then the CPU; and the
 gateway (on PORT) if told to. Until Triton is ready nothing listens, so its probes and the gateway's
-`/readyz` fail while an engine is built.
+`/readyz` fail while an engine is built. SIGUSR1 has it serve what MODELS hold by then, without a
+restart.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from launch.errors import LaunchError
 from launch.ports import port_from_environment
 from launch.repository import assemble
 from launch.supervisor import Supervisor
-from launch.triton import Address, check_repository, options, run
+from launch.triton import Address, admin_key, check_repository, load, options, run
 
 # Files of `<model>/configs/`; for the CPU there is none, and Triton takes `config.pbtxt`.
 CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"
@@ -40,11 +41,13 @@ def main(arguments: list[str]) -> int:
         return 2
     # The first process of a container ignores signals that it does not handle.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    repository = Path(arguments[0])
+    changed = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: changed.set())
+    repository, sources = Path(arguments[0]), [Path(folder) for folder in arguments[1:]]
     try:
         address = Address.from_environment()
         port = port_from_environment("PORT", 5003) if with_gateway else None
-        models = assemble(repository, [Path(folder) for folder in arguments[1:]])
+        models = assemble(repository, sources)
         check_repository(repository)
         candidates = configurations(repository, models)
         stop = threading.Event()
@@ -52,7 +55,7 @@ def main(arguments: list[str]) -> int:
             signal.signal(number, lambda *_: stop.set())
         for configuration in candidates:
             _say(f"serving {', '.join(models)} with the {configuration} configuration")
-            if serve(repository, address, configuration, port, stop):
+            if serve(repository, sources, address, configuration, port, stop, changed):
                 return 0
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,8 +83,9 @@ def configurations(repository: Path, models: list[str]) -> list[str]:
     return [TENSORRT, ONNX, CPU]
 
 
-def build_engine(repository: Path, name: str) -> bool:
-    """Build a model's engine for this GPU, unless a fitting one is there; False if it failed.
+def build_engine(repository: Path, name: str, stop: threading.Event | None = None) -> bool:
+    """Build a model's engine for this GPU, unless a fitting one is there; False if it failed, or if
+    `stop` ended it.
 
     In a process of its own: TensorRT's memory is free again before Triton starts, and a crash of
     the builder costs the engine alone.
@@ -89,21 +93,39 @@ def build_engine(repository: Path, name: str) -> bool:
     _say(f"TensorRT engine of {name}")
     command = [sys.executable, "-m", "export", "tensorrt"]
     command += ["--repository", str(repository), "--name", name]
-    return subprocess.run(command, check=False).returncode == 0  # noqa: S603
+    with subprocess.Popen(command) as build:  # noqa: S603
+        stop = stop or threading.Event()
+        while build.poll() is None and not stop.wait(0.2):
+            pass
+        build.terminate()
+    return build.returncode == 0
 
 
 def serve(
-    repository: Path, address: Address, configuration: str, port: int | None, stop: threading.Event
+    repository: Path,
+    sources: list[Path],
+    address: Address,
+    configuration: str,
+    port: int | None,
+    stop: threading.Event,
+    changed: threading.Event,
 ) -> bool:
     """Keep tritonserver running until `stop`; False if it does not start and another may.
 
     Args:
+        repository: what Triton reads.
+        sources: where its models come from.
+        address: where it listens.
+        configuration: CPU, ONNX or TENSORRT.
         port: of the gateway, if there is to be one; it starts when Triton is ready.
+        stop: set from elsewhere, ends it.
+        changed: set from elsewhere, says that the sources hold other models.
 
     Raises:
         LaunchError: Triton does not start on the CPU, or one of the two is given up.
     """
-    command = ["tritonserver", *options(repository, address, configuration)]
+    key = admin_key()
+    command = ["tritonserver", *options(repository, address, configuration, key)]
     environment = dict(os.environ)
     if configuration == TENSORRT:
         command.append(f"--backend-config=tensorrt,plugins={PLUGIN}")
@@ -121,6 +143,19 @@ def serve(
                     _say(f"ready with the {configuration} configuration")
                     if port is not None:
                         servers.append(stack.enter_context(_gateway(address, port)))
+                if ready and changed.is_set():
+                    changed.clear()
+                    try:
+                        models = assemble(repository, sources)
+                        check_repository(repository)
+                        if configuration == TENSORRT:
+                            for name in models:
+                                if not build_engine(repository, name, stop):
+                                    raise LaunchError(f"no engine for {name}, it stays as it was")
+                        load(models, address, key)
+                        _say(f"loaded {', '.join(models)} again")
+                    except LaunchError as error:
+                        _say(f"warning: {error}")
     except LaunchError as error:
         if ready or configuration == CPU:
             raise

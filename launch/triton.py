@@ -5,7 +5,9 @@ version); the product is a plain model repository, served the same way as by NVI
 """
 
 import contextlib
+import http.client
 import importlib.util
+import json
 import os
 import re
 import secrets
@@ -15,12 +17,14 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flownet2.contract import MODEL_NAME
-from launch.check import answers_ok
+from launch.check import answers_ok, open_directly, url
 from launch.child import Child, Echo
 from launch.errors import LaunchError
 from launch.ports import check_free, free_ports, host_from_environment, port_from_environment
@@ -30,9 +34,9 @@ from launch.shared_memory import region_names
 START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 
-# Nobody but the operator may touch these; the key is random and kept nowhere, so nobody can.
-# Loading and unloading models needs no entry: --model-control-mode=none refuses it.
-RESTRICTED = "shared-memory,trace,logging"
+# These are for those who have the key.
+RESTRICTED = "shared-memory,model-repository,trace,logging"
+KEY_HEADER = "admin-key"
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,12 @@ class Address:
 
 @dataclass(frozen=True)
 class Triton:
-    """A tritonserver that is ready."""
+    """A tritonserver that is ready; `reload` has it take in its repository as it is now, or raises
+    a LaunchError, and what it served serves on."""
 
     address: Address
     child: Child
+    reload: Callable[[], None]
 
 
 def local_address() -> Address:
@@ -130,15 +136,21 @@ def serve(
             )
         models = Path(folder) / "models"
         assemble(models, [repository.resolve()])
+        key = admin_key()
+
+        def reload() -> None:
+            check_repository(repository)
+            load(assemble(models, [repository.resolve()]), address, key)
+
         backends = link_backends(wheel, stub, Path(folder))
         command = [
             str(wheel / "bin" / "tritonserver"),
-            *options(models, address, config_name),
+            *options(models, address, config_name, key),
             f"--backend-directory={backends}",
             "--allow-gpu-metrics=false",
         ]
         with run(command, environment, address, echo, stop or threading.Event()) as child:
-            yield Triton(address, child)
+            yield Triton(address, child, reload)
 
 
 @contextlib.contextmanager
@@ -264,13 +276,56 @@ def link_backends(wheel: Path, stub: Path, folder: Path) -> Path:
     return python.parent
 
 
-def options(repository: Path, address: Address, config_name: str | None) -> list[str]:
+def load(models: Iterable[str], address: Address, key: str) -> None:
+    """Have Triton load models again; each serves as it was until the new one is ready.
+
+    Raises:
+        LaunchError: one cannot be loaded, and serves on as it was.
+    """
+    for model in models:
+        request = urllib.request.Request(  # noqa: S310
+            f"{url(address.host, address.http_port)}/v2/repository/models/{model}/load",
+            b"{}",
+            {KEY_HEADER: key},
+        )
+        try:
+            open_directly(request, timeout=START_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            with error:
+                reason = json.load(error)["error"]
+            raise LaunchError(f"Triton cannot load {model} again: {reason}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise LaunchError(f"Triton did not load {model} again: {error}") from error
+
+
+def admin_key() -> str:
+    """The operator's key in the file TRITON_ADMIN_KEY_FILE; without one, a key for this once.
+
+    Raises:
+        LaunchError: the file cannot be read, or holds no key.
+    """
+    file = os.environ.get("TRITON_ADMIN_KEY_FILE")
+    if not file:
+        return secrets.token_urlsafe(24)
+    try:
+        key = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"TRITON_ADMIN_KEY_FILE={file} cannot be read: {error}") from error
+    if not re.fullmatch(r"[\w.~-]{16,}", key):
+        raise LaunchError(
+            f"TRITON_ADMIN_KEY_FILE={file} holds no key: one line of at least 16 letters, digits "
+            "or -_.~ (`openssl rand -hex 24` prints one)"
+        )
+    return key
+
+
+def options(repository: Path, address: Address, config_name: str | None, key: str) -> list[str]:
     """Arguments of tritonserver, wherever it comes from: what it serves, where, and to whom."""
-    key = secrets.token_urlsafe(24)
     return [
         f"--model-repository={repository.absolute()}",
         *([f"--model-config-name={config_name}"] if config_name else []),
-        "--model-control-mode=none",
+        "--model-control-mode=explicit",
+        "--load-model=*",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={STOP_SECONDS / 2:.0f}",
         "--log-format=ISO8601",
@@ -280,8 +335,8 @@ def options(repository: Path, address: Address, config_name: str | None) -> list
         f"--grpc-port={address.grpc_port}",
         f"--metrics-address={address.host}",
         f"--metrics-port={address.metrics_port}",
-        f"--http-restricted-api={RESTRICTED}:admin-key={key}",
-        f"--grpc-restricted-protocol={RESTRICTED}:admin-key={key}",
+        f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key}",
+        f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",
         *_tracing(),
         # Keepalive pings of clients and gateways come more often than gRPC's five minutes.
         "--grpc-http2-min-recv-ping-interval-without-data=5000",

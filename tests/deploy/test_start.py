@@ -225,12 +225,14 @@ def test_it_serves_with_the_next_configuration_where_one_fails_and_stops(
         assert start.get("/v2/models/flownet2/ready")
         (server,) = psutil.Process(start.process.pid).children()
         assert server.name() == "tritonserver"
-        assert {"--model-config-name=cpu", "--model-control-mode=none"} <= set(server.cmdline())
+        assert {"--model-config-name=cpu", "--model-control-mode=explicit"} <= set(server.cmdline())
         log = start.log.read_text()
         assert "warning: the tensorrt configuration is not used: Triton ended" in log
         assert "warning: the onnx configuration is not used: Triton ended" in log
         assert "start: serving flownet2 with the cpu configuration" in log
         wait_until(lambda: "start: ready with the cpu configuration" in start.log.read_text())
+        start.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: "start: loaded flownet2 again" in start.log.read_text())
         server.kill()
         wait_until(lambda: "starting it again" in start.log.read_text())
         wait_until(lambda: start.get("/v2/health/ready"))

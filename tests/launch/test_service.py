@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -36,6 +39,7 @@ class Launcher:
 
     def __init__(self, repository: Path, *prefix: str, **environment: str) -> None:
         self.port, self.http, grpc, metrics = free_ports(4)
+        self.url = f"http://127.0.0.1:{self.port}"
         self.ports = (self.port, self.http, grpc, metrics)
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "launch"],
@@ -127,6 +131,53 @@ def test_what_dies_comes_back(launcher: Launcher, victim: str) -> None:
     wait_until(lambda: not is_flow_right(launcher))
     wait_until(lambda: is_flow_right(launcher))
     assert launcher.said("starting it again")
+
+
+def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    code = tmp_path / "flownet2" / "1" / "model.py"
+    right = code.read_text()
+    old, new = (expected_flow(*IMAGES) * factor for factor in (1, 2))
+    pair = {f"image{i}": encoded(image) for i, image in enumerate(IMAGES, 1)}
+    asking = threading.Event()
+    seen: Counter[str] = Counter()
+
+    def ask(launcher: Launcher) -> None:
+        with httpx.Client(headers={"Accept": "application/x-npy"}, timeout=60) as client:
+            while asking.is_set():
+                response = client.post(f"{launcher.url}/estimate_flow/", files=pair)
+                if response.status_code != 200:
+                    seen[response.text] += 1
+                    continue
+                flow = np.load(io.BytesIO(response.content))
+                known = {"old": old, "new": new}
+                same = (name for name in known if np.allclose(flow, known[name], atol=1e-4))
+                seen[next(same, "wrong")] += 1
+
+    def replace(text: str) -> None:
+        code.unlink()  # was a link
+        code.write_text(text)
+        launcher.process.send_signal(signal.SIGUSR1)
+
+    launcher = Launcher(tmp_path)
+    try:
+        asking.set()
+        with ThreadPoolExecutor(16) as clients:
+            for _ in range(16):
+                clients.submit(ask, launcher)
+            wait_until(lambda: seen["old"] > 50)
+            replace("a model that does not load")
+            wait_until(lambda: launcher.said("warning: Triton cannot load flownet2 again: "))
+            before = seen["old"]
+            wait_until(lambda: seen["old"] > before + 50)
+            replace(right.replace("/ 8", "/ 4"))
+            wait_until(lambda: launcher.said("has loaded the models again"))
+            wait_until(lambda: seen["new"] > 50)
+            asking.clear()
+        assert seen.keys() == {"old", "new"}
+    finally:
+        asking.clear()
+        launcher.stop(signal.SIGTERM)
 
 
 def is_flow_right(launcher: Launcher) -> bool:

@@ -222,8 +222,26 @@ def test_admin_endpoints_are_closed(closed_form_triton: triton.Triton) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request)
         with refused.value as response:
-            assert response.status in {403, 503}, path  # 503: what --model-control-mode forbids
+            assert response.status == 403, path
     assert triton.is_ready(closed_form_triton.address)
+
+
+def test_who_has_the_key_may_load_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "models")
+    key = tmp_path / "key"
+    key.write_text("a key of words\n")
+    monkeypatch.setenv("TRITON_ADMIN_KEY_FILE", str(key))
+    with pytest.raises(LaunchError, match="holds no key"), triton.serve(tmp_path / "models"):
+        pass
+    key.write_text("0123456789abcdef\n")
+    with triton.serve(tmp_path / "models") as server:
+        url = f"http://{server.address.http}/v2/repository"
+        headers = {"admin-key": "0123456789abcdef"}
+        index = urllib.request.Request(f"{url}/index", b"{}", headers)
+        with urllib.request.urlopen(index) as response:
+            assert [one["state"] for one in json.load(response)] == ["READY"]
+        load = urllib.request.Request(f"{url}/models/flownet2/load", b"{}", headers)
+        urllib.request.urlopen(load).close()
 
 
 def test_metrics_are_served(closed_form_triton: triton.Triton) -> None:
