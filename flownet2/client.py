@@ -22,6 +22,7 @@ from flownet2.contract import (
 from flownet2.formats import Flow, Mask
 from flownet2.images import Frame, ImageError, Pixels, Source
 from flownet2.measures import occluded
+from flownet2.triton import CHANNEL, failure
 
 DEFAULT_SERVER = "http://127.0.0.1:5003"
 Direction = Literal["forward", "backward", "both"]
@@ -188,23 +189,10 @@ class _Triton:
         self._url = url
         self._model = model or MODEL_NAME
         self._timeout = timeout
-        most = 2**31 - 1
         self._client = triton.InferenceServerClient(
             urlsplit(url).netloc,
-            channel_args=[
-                ("grpc.max_send_message_length", most),
-                ("grpc.max_receive_message_length", most),
-                ("grpc.keepalive_time_ms", 10_000),
-                ("grpc.keepalive_timeout_ms", 5_000),
-                ("grpc.http2.max_pings_without_data", 0),
-                # Back within seconds of a restart: gRPC's own backoff grows to two minutes.
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-                ("grpc.use_local_subchannel_pool", 1),
-                # A name may stand for several Tritons, as that of a headless service does.
-                ("grpc.lb_policy_name", "round_robin"),
-                ("grpc.enable_http_proxy", 0),
-            ],
+            # A name may stand for several Tritons, as that of a headless service does.
+            channel_args=[*CHANNEL, ("grpc.lb_policy_name", "round_robin")],
         )
 
     async def flow(self, first: Frame, second: Frame, both: bool) -> Result:
@@ -258,26 +246,24 @@ class _Triton:
             raise self._error(error) from error
 
     def _error(self, error: Any) -> FlowError | _Unavailable:
-        """What a failed call means; Triton says UNAVAILABLE for several things."""
-        code = str(error.status() or "").removeprefix("StatusCode.")
         message = str(error.message() or "")
-        if code == "DEADLINE_EXCEEDED" or "Request timeout expired" in message:
-            return FlowError(
-                PROBLEM + "deadline-exceeded",
-                f"{self._url} had no flow within {self._timeout:g} s: give it a longer timeout",
-            )
-        if "Exceeds maximum queue size" in message:
-            return _Unavailable(FlowError(PROBLEM + "queue-full", f"{self._url}: {message}"))
-        if code in ("UNAVAILABLE", "CANCELLED") or "Stub process" in message:
-            return _Unavailable(_unreachable(self._url, message))
-        if code == "NOT_FOUND" or "unknown model" in message:
-            return FlowError(PROBLEM + "unknown-model", f"{self._url}: {message}", "model")
-        if "Optimization Profile" in message or "specifies invalid shape" in message:
-            return FlowError(
-                PROBLEM + "image-too-large",
-                "the images are larger than the model's TensorRT engine takes: make them smaller",
-            )
-        return FlowError(PROBLEM + "model-failed", f"{self._url}: {message}")
+        kind = failure(str(error.status() or "").removeprefix("StatusCode."), message)
+        detail = f"{self._url}: {message}"
+        match kind:
+            case "unavailable":
+                return _Unavailable(_unreachable(self._url, message))
+            case "queue-full":
+                return _Unavailable(FlowError(PROBLEM + kind, detail))
+            case "deadline-exceeded":
+                detail = (
+                    f"{self._url} had no flow within {self._timeout:g} s: give it a longer timeout"
+                )
+            case "image-too-large":
+                detail = (
+                    "the images are larger than the model's TensorRT engine takes: make them "
+                    "smaller"
+                )
+        return FlowError(PROBLEM + kind, detail, "model" if kind == "unknown-model" else None)
 
     async def close(self) -> None:
         await self._client.close()

@@ -14,6 +14,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from flownet2 import contract
 from flownet2.formats import Flow
+from flownet2.triton import CHANNEL, failure
 from gateway.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -37,22 +38,6 @@ PATIENCE_SECONDS = 10.0
 
 LONGEST_FLOW = 4
 """Largest component of flow that is believed, in sides of the image."""
-
-_MESSAGE_LIMIT = 2**31 - 1
-_CHANNEL = [
-    ("grpc.max_send_message_length", _MESSAGE_LIMIT),
-    ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # Back within two seconds of a restart: gRPC's own backoff grows to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.use_local_subchannel_pool", 1),
-    # `http_proxy` is for the way out, to a collector of traces, and not for Triton.
-    ("grpc.enable_http_proxy", 0),
-]
 
 
 class EndpointLost(Exception):
@@ -78,31 +63,22 @@ class Model:
 
 
 def classify(code: str, message: str) -> GatewayError | EndpointLost:
-    """What a failed inference means.
-
-    Triton says UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
-    says it when there is no connection; only the message tells them apart.
-    """
-    if code == "DEADLINE_EXCEEDED" or (
-        code == "UNAVAILABLE" and "Request timeout expired" in message
-    ):
-        return DeadlineExceeded("The flow was not ready before the request's deadline.")
-    if code == "UNAVAILABLE" and "Exceeds maximum queue size" in message:
-        return QueueFull("The model's queue is full. Try again later.")
-    # TensorRT's backend, for a size outside of the ranges that the engine was built for.
-    if "Optimization Profile" in message or "specifies invalid shape" in message:
-        return ImageTooLarge(
-            "The images are larger than the model's TensorRT engine takes on this GPU. "
-            "Send smaller ones, or leave size=native out.",
-            field="size",
-        )
-    connection_lost = code == "UNKNOWN" and "Stream removed" in message
-    # The Python backend's process has died, or there is no room in /dev/shm for its tensors.
-    backend_lost = "Stub process" in message or "shared memory pool" in message
-    model_gone = code == "NOT_FOUND" or backend_lost
-    if code in ("UNAVAILABLE", "CANCELLED") or connection_lost or model_gone:
-        return EndpointLost(message)
-    return ModelFailed(f"The model failed: {message[:200].rstrip('.')}.")
+    """What a failed inference means, by its gRPC status and message."""
+    match failure(code, message):
+        case "deadline-exceeded":
+            return DeadlineExceeded("The flow was not ready before the request's deadline.")
+        case "queue-full":
+            return QueueFull("The model's queue is full. Try again later.")
+        case "image-too-large":
+            return ImageTooLarge(
+                "The images are larger than the model's TensorRT engine takes on this GPU. "
+                "Send smaller ones, or leave size=native out.",
+                field="size",
+            )
+        case "unknown-model" | "unavailable":
+            return EndpointLost(message)
+        case "model-failed":
+            return ModelFailed(f"The model failed: {message[:200].rstrip('.')}.")
 
 
 def check_contract(metadata: Any) -> None:
@@ -165,7 +141,7 @@ class Endpoint:
         self._in_flight = 0
         self._last_flow = -math.inf
         # The stub itself: tritonclient's class around it takes twice the processor time.
-        self.channel = aio.insecure_channel(self.address, options=_CHANNEL)
+        self.channel = aio.insecure_channel(self.address, options=CHANNEL)
         self._stub = GRPCInferenceServiceStub(self.channel)
 
     async def watch(self) -> None:

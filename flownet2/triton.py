@@ -1,0 +1,50 @@
+"""What a gRPC connection to Triton needs, and what its failures mean."""
+
+from typing import Literal
+
+_MESSAGE_LIMIT = 2**31 - 1
+CHANNEL = [
+    ("grpc.max_send_message_length", _MESSAGE_LIMIT),
+    ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Back within two seconds of a restart: gRPC's own backoff grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    # `http_proxy` is for the way out, and not for Triton.
+    ("grpc.enable_http_proxy", 0),
+]
+
+Failure = Literal[
+    "deadline-exceeded",
+    "queue-full",
+    "image-too-large",
+    "unknown-model",
+    "unavailable",
+    "model-failed",
+]
+
+
+def failure(code: str, message: str) -> Failure:
+    """What a failed inference means, by its gRPC status and message.
+
+    Triton says UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
+    says it when there is no connection; only the message tells them apart.
+    """
+    if code == "DEADLINE_EXCEEDED" or "Request timeout expired" in message:
+        return "deadline-exceeded"
+    if "Exceeds maximum queue size" in message:
+        return "queue-full"
+    # TensorRT's backend, for a size outside of the ranges that the engine was built for.
+    if "Optimization Profile" in message or "specifies invalid shape" in message:
+        return "image-too-large"
+    if code == "NOT_FOUND" or "unknown model" in message:
+        return "unknown-model"
+    connection_lost = code in ("UNAVAILABLE", "CANCELLED") or "Stream removed" in message
+    # The Python backend's process has died, or there is no room in /dev/shm for its tensors.
+    if connection_lost or "Stub process" in message or "shared memory pool" in message:
+        return "unavailable"
+    return "model-failed"
