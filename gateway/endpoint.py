@@ -243,6 +243,8 @@ class Endpoint:
             DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: no other endpoint would do
                 better.
         """
+        # In the message, not in shared memory: that saves 1 to 2 of 26 to 59 ms of processor time,
+        # and the region of a request that was cancelled may be written to after its next use.
         count, height, width, _ = image1.shape
         request = messages.ModelInferRequest(
             model_name=model,

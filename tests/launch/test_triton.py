@@ -242,6 +242,18 @@ def test_who_has_the_key_may_load_a_model(tmp_path: Path, monkeypatch: pytest.Mo
             assert [one["state"] for one in json.load(response)] == ["READY"]
         load = urllib.request.Request(f"{url}/models/flownet2/load", b"{}", headers)
         urllib.request.urlopen(load).close()
+        region = tmp_path.name
+        regions = f"http://{server.address.http}/v2/systemsharedmemory"
+        (Path("/dev/shm") / region).write_bytes(b"0000")
+        try:
+            where = json.dumps({"key": f"/{region}", "offset": 0, "byte_size": 4}).encode()
+            register = f"{regions}/region/{region}/register"
+            urllib.request.urlopen(urllib.request.Request(register, where, headers)).close()
+            status = urllib.request.Request(f"{regions}/status", headers=headers)
+            with urllib.request.urlopen(status) as response:
+                assert [one["name"] for one in json.load(response)] == [region]
+        finally:
+            (Path("/dev/shm") / region).unlink()
 
 
 def test_metrics_are_served(closed_form_triton: triton.Triton) -> None:
