@@ -588,7 +588,11 @@ def keep_memory() -> None:
 def main() -> None:
     """The command line."""
     keep_memory()
-    Trainer(parse()).run()
+    try:
+        trainer = Trainer(parse())
+    except (ValueError, OSError) as error:  # an argument that cannot be
+        sys.exit(f"error: {error}")
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from export.networks import Network
 AUTHORS_LICENSE = "research only (FlowNet 2.0 release)"
 
 
-class WeightsError(Exception):
+class WeightsError(ValueError):
     """A weights file that cannot be read, or that holds another network; the text says which."""
 
 
