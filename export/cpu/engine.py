@@ -33,9 +33,10 @@ Shape = tuple[int, ...]
 USUAL_SHAPE: Shape = (1, *GRID, 3)  # what the gateway's default path asks for
 # OpenVINO 2026.4.1 on a Xeon with AMX, bfloat16, images at most 64 wide and thousands high (black
 # from 64x12288, with texture from 64x8192): flow of 1e28, or not finite, or another at each call.
-# The deepest features are then one column wide. Float32 is right, as is bfloat16 from 128 wide or
-# for wide images 64 high. Which convolution is the first to be wrong is not known: a report to
-# OpenVINO needs that, and a CPU with AMX to find it.
+# The deepest features are then one column wide. Float32 is right, as is bfloat16 from 128 wide, for
+# wide images 64 high, and on an EPYC with AVX-512's bfloat16 at all of these sizes. Which
+# convolution is the first to be wrong is not known: a report to OpenVINO needs that, and a CPU with
+# AMX to find it.
 BFLOAT16_WIDTH = 128
 
 # A graph is planned for a shape that recurs among the last requests, as far as memory goes; graphs
