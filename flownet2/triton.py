@@ -34,17 +34,17 @@ def failure(code: str, message: str) -> Failure:
     Triton says UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
     says it when there is no connection; only the message tells them apart.
     """
-    if code == "DEADLINE_EXCEEDED" or "Request timeout expired" in message:
+    unavailable = code == "UNAVAILABLE"
+    if code == "DEADLINE_EXCEEDED" or (unavailable and "Request timeout expired" in message):
         return "deadline-exceeded"
-    if "Exceeds maximum queue size" in message:
+    if unavailable and "Exceeds maximum queue size" in message:
         return "queue-full"
     # TensorRT's backend, for a size outside of the ranges that the engine was built for.
     if "Optimization Profile" in message or "specifies invalid shape" in message:
         return "image-too-large"
-    if code == "NOT_FOUND" or "unknown model" in message:
-        return "unknown-model"
-    connection_lost = code in ("UNAVAILABLE", "CANCELLED") or "Stream removed" in message
+    connection_lost = code == "CANCELLED" or (code == "UNKNOWN" and "Stream removed" in message)
     # The Python backend's process has died, or there is no room in /dev/shm for its tensors.
-    if connection_lost or "Stub process" in message or "shared memory pool" in message:
+    backend_lost = "Stub process" in message or "shared memory pool" in message
+    if unavailable or connection_lost or backend_lost:
         return "unavailable"
-    return "model-failed"
+    return "unknown-model" if code == "NOT_FOUND" else "model-failed"

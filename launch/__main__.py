@@ -78,6 +78,10 @@ def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
             running[:] = [server]
             yield server.child
 
+    def reload() -> None:
+        running[0].reload()
+        say("Triton has loaded the models again")
+
     def start_gateway(stop: threading.Event) -> AbstractContextManager[Child]:
         return gateway.serve(address, port, echo=echo("gateway"), stop=stop)
 
@@ -96,13 +100,7 @@ def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
             while not stop.wait(0.2):
                 server.ready()
                 service.ready()
-                if changed.is_set():
-                    changed.clear()
-                    try:
-                        running[0].reload()
-                        say("Triton has loaded the models again")
-                    except LaunchError as error:
-                        say(f"warning: {error}")
+                triton.reload_when(changed, reload, say)
 
 
 def _is_ready(server: Supervisor, stop: threading.Event) -> bool:

@@ -26,7 +26,15 @@ from launch.errors import LaunchError
 from launch.ports import port_from_environment
 from launch.repository import assemble
 from launch.supervisor import Supervisor
-from launch.triton import Address, admin_key, check_repository, load, options, run
+from launch.triton import (
+    Address,
+    admin_key,
+    check_repository,
+    load,
+    options,
+    reload_when,
+    run,
+)
 
 # Files of `<model>/configs/`; for the CPU there is none, and Triton takes `config.pbtxt`.
 CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"
@@ -93,11 +101,13 @@ def build_engine(repository: Path, name: str, stop: threading.Event | None = Non
     _say(f"TensorRT engine of {name}")
     command = [sys.executable, "-m", "export", "tensorrt"]
     command += ["--repository", str(repository), "--name", name]
+    stop = stop or threading.Event()
     with subprocess.Popen(command) as build:  # noqa: S603
-        stop = stop or threading.Event()
-        while build.poll() is None and not stop.wait(0.2):
-            pass
-        build.terminate()
+        try:
+            while build.poll() is None and not stop.wait(0.2):
+                pass
+        finally:  # also where a signal ends this process
+            build.kill()
     return build.returncode == 0
 
 
@@ -131,6 +141,16 @@ def serve(
         command.append(f"--backend-config=tensorrt,plugins={PLUGIN}")
     if configuration == CPU:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Triton, too, shall leave an unfit GPU alone
+
+    def reload() -> None:
+        models = assemble(repository, sources)
+        check_repository(repository)
+        for name in models if configuration == TENSORRT else []:
+            if not build_engine(repository, name, stop):
+                raise LaunchError(f"no engine for {name}, it stays as it was")
+        load(models, address, key)
+        _say(f"loaded {', '.join(models)} again")
+
     canary = Canary(address.host, address.http_port)
     start = functools.partial(run, command, environment, address, _print)
     ready = False
@@ -143,19 +163,8 @@ def serve(
                     _say(f"ready with the {configuration} configuration")
                     if port is not None:
                         servers.append(stack.enter_context(_gateway(address, port)))
-                if ready and changed.is_set():
-                    changed.clear()
-                    try:
-                        models = assemble(repository, sources)
-                        check_repository(repository)
-                        if configuration == TENSORRT:
-                            for name in models:
-                                if not build_engine(repository, name, stop):
-                                    raise LaunchError(f"no engine for {name}, it stays as it was")
-                        load(models, address, key)
-                        _say(f"loaded {', '.join(models)} again")
-                    except LaunchError as error:
-                        _say(f"warning: {error}")
+                if ready:
+                    reload_when(changed, reload, _say)
     except LaunchError as error:
         if ready or configuration == CPU:
             raise

@@ -276,6 +276,17 @@ def link_backends(wheel: Path, stub: Path, folder: Path) -> Path:
     return python.parent
 
 
+def reload_when(changed: threading.Event, reload: Callable[[], None], say: Echo) -> None:
+    """Load the models again if `changed` is set; where that fails, say why and go on."""
+    if not changed.is_set():
+        return
+    changed.clear()
+    try:
+        reload()
+    except LaunchError as error:
+        say(f"warning: {error}")
+
+
 def load(models: Iterable[str], address: Address, key: str) -> None:
     """Have Triton load models again; each serves as it was until the new one is ready.
 

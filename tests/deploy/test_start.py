@@ -260,11 +260,15 @@ def test_a_port_that_is_none_is_one_line(tmp_path: Path) -> None:
 def test_a_stop_ends_the_build_of_an_engine(tmp_path: Path) -> None:
     # The first process of a container gets no signal that it does not handle; here a build hangs.
     make_model(tmp_path / "source", "flownet2")
+    hang = tmp_path / "hang"
+    hang.write_text("#!/bin/sh\necho 0\nexec sleep 600\n")
+    hang.chmod(0o755)
     code = (
-        "import subprocess, sys\n"
+        "import sys\n"
         "from launch import container\n"
-        "hang = [sys.executable, '-c', 'import time; print(0, flush=True); time.sleep(600)']\n"
-        "container.configurations = lambda *_: subprocess.run(hang)\n"
+        f"sys.executable = '{hang}'\n"
+        "container._say = lambda text: None\n"
+        "container.configurations = lambda folder, names: container.build_engine(folder, *names)\n"
         f"container.main(['{tmp_path}/repository', '{tmp_path}/source'])"
     )
     with subprocess.Popen(

@@ -163,20 +163,22 @@ def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
     try:
         asking.set()
         with ThreadPoolExecutor(16) as clients:
-            for _ in range(16):
-                clients.submit(ask, launcher)
-            wait_until(lambda: seen["old"] > 50)
-            replace("a model that does not load")
-            wait_until(lambda: launcher.said("warning: Triton cannot load flownet2 again: "))
-            before = seen["old"]
-            wait_until(lambda: seen["old"] > before + 50)
-            replace(right.replace("/ 8", "/ 4"))
-            wait_until(lambda: launcher.said("has loaded the models again"))
-            wait_until(lambda: seen["new"] > 50)
-            asking.clear()
+            running = [clients.submit(ask, launcher) for _ in range(16)]
+            try:
+                wait_until(lambda: seen["old"] > 50)
+                replace("a model that does not load")
+                wait_until(lambda: launcher.said("warning: Triton cannot load flownet2 again: "))
+                before = seen["old"]
+                wait_until(lambda: seen["old"] > before + 50)
+                replace(right.replace("/ 8", "/ 4"))
+                wait_until(lambda: launcher.said("has loaded the models again"))
+                wait_until(lambda: seen["new"] > 50)
+            finally:
+                asking.clear()
+            for client in running:
+                client.result()
         assert seen.keys() == {"old", "new"}
     finally:
-        asking.clear()
         launcher.stop(signal.SIGTERM)
 
 
