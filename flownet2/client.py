@@ -36,13 +36,13 @@ REST_SECONDS = 1.0
 
 
 class FlowError(Exception):
-    """A flow that cannot be had.
+    """There is no flow: the images are refused, or no server returns one.
 
     Attributes:
         type: the problem's name, the same as the gateway's (`urn:problem-type:flownet2:…`).
         detail: what is wrong and what to change.
-        field: the image or parameter that it is about.
-        unavailable: whether it is because servers are full or away, whatever the images.
+        field: the image or parameter that is wrong.
+        unavailable: whether servers are full or away; the images are not the cause.
     """
 
     unavailable = False
@@ -167,8 +167,8 @@ class _Gateway:
         except (ValueError, KeyError, TypeError):  # something else than a gateway is there
             error = FlowError(
                 PROBLEM + "unexpected-response",
-                f"{self._url} answers {response.status_code} {response.reason_phrase} "
-                "and is no gateway of FlowNet2, or a proxy before it",
+                f"{self._url} responds with {response.status_code} {response.reason_phrase}: it "
+                "is not a FlowNet2 gateway, or a proxy in front of one",
             )
         if response.status_code not in (502, 503) or error.type == PROBLEM + "model-failed":
             return error
@@ -318,7 +318,9 @@ class AsyncClient:
         for url in self.urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https", "grpc") or not parts.netloc:
-                raise ValueError(f"{url} is no server: give http://host:port or grpc://host:port")
+                raise ValueError(
+                    f"{url} is not a server: give http://host:port or grpc://host:port"
+                )
         self._model = model
         self._api_key = api_key or os.environ.get("FLOWNET2_API_KEY")
         self._timeout = timeout

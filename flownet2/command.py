@@ -1,4 +1,4 @@
-"""The command `flownet2`: flow of pairs, videos, folders and data sets, by a server."""
+"""The command `flownet2`: the flow of pairs, videos, folders and datasets, from a server."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flownet2.evaluate import Errors
 
 app = typer.Typer(
-    help="Optical flow with FlowNet 2.0, by a server: `flownet2 serve` starts one.",
+    help="Optical flow with FlowNet 2.0, from a server: `flownet2 serve` starts one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,10 +45,10 @@ Server = Annotated[
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", help="A network that the server has; see `flownet2 models`."),
+    typer.Option("--model", help="The network to use, of those that `flownet2 models` lists."),
 ]
 FormatName = Annotated[
-    str | None, typer.Option(help=f"Format, where the suffix does not say: {', '.join(FORMATS)}.")
+    str | None, typer.Option(help=f"Format, if the suffix does not tell: {', '.join(FORMATS)}.")
 ]
 
 
@@ -85,13 +85,13 @@ def pair(
     first: Annotated[str, typer.Argument(metavar="A", help="The first image.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The second image.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the flow goes: .flo .npy .npz .pfm .png")
+        Path, typer.Option("--output", "-o", help="The file to write: .flo .npy .npz .pfm .png")
     ],
     format: FormatName = None,
     server: Server = None,
     model: ModelName = None,
 ) -> None:
-    """The flow between two images.
+    """Compute the flow between two images.
 
     Example: flownet2 pair a.png b.png -o flow.flo
     """
@@ -125,17 +125,17 @@ def run(
         str,
         typer.Option(help="One or several, with commas: flo npy npz pfm kitti png jpg hdf5 mp4."),
     ] = "flo",
-    step: Annotated[int, typer.Option(min=1, help="How many frames apart the two are.")] = 1,
-    start: Annotated[int, typer.Option(min=0, help="The first frame to take.")] = 0,
+    step: Annotated[int, typer.Option(min=1, help="Distance of the two frames of a pair.")] = 1,
+    start: Annotated[int, typer.Option(min=0, help="The first frame to use.")] = 0,
     end: Annotated[int | None, typer.Option(min=0, help="The frame to stop before.")] = None,
     direction: Direction = "forward",
     occlusion: Annotated[
-        bool, typer.Option("--occlusion", help="Also masks of what the second frame hides.")
+        bool, typer.Option("--occlusion", help="Also write masks of what the second frame hides.")
     ] = False,
     max_edge: Annotated[
         int | None,
         typer.Option(
-            min=MINIMUM_SIDE, help="Reduce frames to this longer edge; the flow is of that size."
+            min=MINIMUM_SIDE, help="Shrink frames to this longer edge; the flow has that size."
         ),
     ] = None,
     bound: Annotated[
@@ -146,18 +146,18 @@ def run(
         typer.Option(min=0.1, help="Flow of the strongest colours of png and mp4, in pixels."),
     ] = None,
     side_by_side: Annotated[
-        bool, typer.Option("--side-by-side", help="Show frames beside the flow in mp4.")
+        bool, typer.Option("--side-by-side", help="Show the frames beside the flow in mp4.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Requests under way at a time; 8 a server by default.")
+        int | None, typer.Option(min=1, help="Requests at a time; by default 8 per server.")
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Do every N-th source only, from the I-th (0…)."),
+        typer.Option(metavar="I/N", help="Process only every N-th source, from the I-th (0…)."),
     ] = None,
     on_error: Annotated[
         Literal["stop", "skip"],
-        typer.Option(help="Stop at an error, or note it in errors.csv."),
+        typer.Option(help="Stop at an error, or record it in errors.csv and go on."),
     ] = "stop",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another run.")
@@ -165,10 +165,10 @@ def run(
     server: Server = None,
     model: ModelName = None,
 ) -> None:
-    """The flow of videos, folders of frames and lists of pairs.
+    """Compute the flow of videos, folders of frames and lists of pairs.
 
     Writes DIR/<source>/<number>.<suffix>, index.csv beside them, and DIR/manifest.json.
-    Started again, it does what is missing.
+    Started again, it computes what is missing.
 
     Examples:
 
@@ -279,10 +279,12 @@ def _bar() -> Iterator[_Bar]:
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A flow: .flo .npy .npz .pfm .png")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Where it goes; .png: in colours.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write; .png is in colours.")
+    ],
     format: FormatName = None,
 ) -> None:
-    """A flow in another format.
+    """Convert a flow to another format.
 
     Example: flownet2 convert flow.flo flow.png --format kitti
     """
@@ -296,12 +298,12 @@ def view(
         Literal["colours", "arrows", "warp"],
         typer.Option(
             "--as",
-            help="Colours with their wheel, arrows, or the second frame as the first saw it.",
+            help="Colours with their wheel, arrows, or the second frame warped onto the first.",
         ),
     ] = "colours",
     image: Annotated[
         Path | None,
-        typer.Option(help="First frame, below arrows; second frame, with --as warp."),
+        typer.Option(help="The first frame, to draw arrows on, or the second, for --as warp."),
     ] = None,
     max_flow: Annotated[
         float | None,
@@ -309,7 +311,9 @@ def view(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A PNG to write; else a window, where there is one."),
+        typer.Option(
+            "--output", "-o", help="A PNG to write; else a window, if there is a display."
+        ),
     ] = None,
 ) -> None:
     """Show a flow.
@@ -348,17 +352,19 @@ def view(
 def evaluate(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PREDICTION TRUTH | DIR", help="Two flows, or a data set's folder."),
+        typer.Argument(
+            metavar="PREDICTION TRUTH | DIR", help="Two flows, or the folder of a dataset."
+        ),
     ],
     dataset: Annotated[
         Literal["sintel", "kitti", "middlebury", "chairs", "things"] | None,
-        typer.Option(help="What DIR is."),
+        typer.Option(help="The dataset in DIR."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
+    jobs: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     server: Server = None,
     model: ModelName = None,
 ) -> None:
-    """Errors of a flow file, or of a server on a benchmark, against the true flow.
+    """Measure the errors of a flow file, or of a server on a benchmark.
 
     Examples:
 
@@ -425,7 +431,7 @@ def _percent(value: float | None) -> str:
 
 @app.command()
 def models(server: Server = None) -> None:
-    """The networks that a server has, and where their weights are from."""
+    """List the networks that a server has loaded, and where their weights are from."""
     with service.server(server, say) as url, Client(url) as client:
         found = client.models()
     table = rich.table.Table("name", "network", "parameters", "weights", "licence")

@@ -61,7 +61,7 @@ def test_without_a_server_it_says_what_to_start(
 ) -> None:
     monkeypatch.setenv("FLOWNET2_URL", "http://127.0.0.1:9")
     assert "--server" in fail("models")
-    assert "is no server" in fail("models", server="127.0.0.1:5003")
+    assert "is not a server" in fail("models", server="127.0.0.1:5003")
 
 
 def test_a_checkout_starts_a_server_for_as_long_as_the_command_runs(
