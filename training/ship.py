@@ -1,6 +1,10 @@
 """Turn a training run into a weights file: the averaged weights, as float16 safetensors.
 
-python -m training.ship runs/c weights/flownet2.safetensors
+    python -m training.ship runs/c weights/flownet2.safetensors
+
+`--mean-with` ships the mean of the run's weights and those that it began with: a run that gains on
+textures that it sees can lose on others, and their mean keeps both (Wortsman et al., Robust
+fine-tuning of zero-shot models, CVPR 2022).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from export.networks import NETWORKS, FlowNet2
-from export.weights import save_weights
+from export.weights import load_weights, save_weights
 from training.trainee import Trainee
 
 LICENSE = "GPL-3.0-or-later"
@@ -32,13 +36,25 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     return trainee.model, state["source"] + duration
 
 
+def mean_with(model: FlowNet2, file: Path) -> None:
+    """Replace the weights of `model` by the mean of them and those in `file`."""
+    other, _ = load_weights(model.network, file)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of training.train")
     parser.add_argument("weights", type=Path, help="file to write")
+    parser.add_argument("--mean-with", type=Path, help="weights of the same network")
     arguments = parser.parse_args()
     model, source = finished_model(arguments.run)
+    if arguments.mean_with:
+        mean_with(model, arguments.mean_with)
+        source += ", and the mean with the weights before"
     save_weights(model, arguments.weights, source, LICENSE)
     print(f"{arguments.weights}: {source}, {arguments.weights.stat().st_size / 1e6:.1f} MB")
 

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d
 from export.networks import NETWORKS, FlowNet2
 from export.networks.blocks import CORRELATION
 from export.networks.operators import correlation
-from export.weights import WeightsError, save_weights
+from export.weights import WeightsError, load_weights, save_weights
 from flownet2.formats import write_flow
 from training import train
 from training.cost import cost_volume
@@ -26,7 +26,7 @@ from training.model import (
     initialise_from_data,
 )
 from training.pool import ScenePool
-from training.ship import finished_model
+from training.ship import finished_model, mean_with
 from training.textures import Textures
 from training.train import Trainer, parse
 from training.trainee import Trainee
@@ -209,6 +209,12 @@ def test_a_cascade_is_tuned_end_to_end_from_later_files_first(
     run.run()
     for block, old in zip(weights, before, strict=True):
         assert not torch.equal(block["decoder.predict2.weight"], old)
+    layer = "decoder.predict2.weight"
+    tuned, mean = (finished_model(tmp_path / "tuned")[0] for _ in range(2))
+    mean_with(mean, both)
+    for name, old in load_weights(mean.network, both)[0].blocks.items():
+        ends = [block.state_dict()[layer] for block in (tuned.blocks[name], old)]
+        torch.testing.assert_close(mean.blocks[name].state_dict()[layer], sum(ends) / 2)
 
 
 def test_an_exact_match_leaves_gradients_finite() -> None:
