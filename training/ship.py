@@ -37,7 +37,11 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
 
 
 def mean_with(model: FlowNet2, file: Path) -> None:
-    """Replace the weights of `model` by the mean of them and those in `file`."""
+    """Replace the weights of `model` by the mean of them and those in `file`.
+
+    Raises:
+        WeightsError: the file is unreadable, or is not of this network.
+    """
     other, _ = load_weights(model.network, file)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
