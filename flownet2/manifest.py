@@ -57,7 +57,7 @@ def agree(folder: str, facts: Mapping[str, Any], sources: Mapping[str, Any]) -> 
             )
     after = {**facts, "sources": {**known, **sources}}
     if after != before:
-        storage.write(path, json.dumps(after, indent=1).encode())
+        storage.write(path, json.dumps(after, indent=1).encode(), shared=True)
 
 
 def forget(folder: str) -> None:

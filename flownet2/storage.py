@@ -7,6 +7,7 @@ import contextlib
 import glob
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -40,14 +41,17 @@ def open_file(path: str) -> IO[bytes]:
         return file
 
 
-def write(path: str, content: bytes) -> None:
-    """Put a file there, whole or not at all, with the folders that it needs."""
+def write(path: str, content: bytes, shared: bool = False) -> None:
+    """Put a file there, whole or not at all, with the folders that it needs.
+
+    `shared`: other processes, of other machines too, may write the same file at once.
+    """
     if is_url(path):
         with _remote(path) as (filesystem, name):
             filesystem.makedirs(filesystem._parent(name), exist_ok=True)
             filesystem.pipe_file(name, content)
         return
-    part = _part_of(path)
+    part = _part_of(path, uuid.uuid4().hex if shared else "")
     try:
         part.write_bytes(content)
     except FileNotFoundError:
@@ -77,8 +81,8 @@ def written_aside(path: str) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _part_of(path: str) -> Path:
-    return Path(path).with_name(f".{Path(path).name}.part")
+def _part_of(path: str, mark: str = "") -> Path:
+    return Path(path).with_name(f".{Path(path).name}{mark}.part")
 
 
 def remove(path: str) -> None:

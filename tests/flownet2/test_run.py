@@ -1,10 +1,12 @@
 """`flownet2 run` as a user has it: a process, real clips, a real Triton."""
 
 import csv
+import json
 import signal
 import struct
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 
 from flownet2 import read_flow
 from flownet2.formats import colours, from_kitti
+from flownet2.manifest import agree
 from flownet2.measures import occluded
 from launch import triton
 from tests.support.command import command, fail, flownet2, succeed
@@ -360,6 +363,19 @@ def test_two_shards_make_the_whole(tmp_path: Path, url: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")}
     succeed("run", f"{tmp_path}/*.mkv", "-o", out, server=url)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")} == before
+
+
+def test_many_agree_on_a_manifest_at_once(tmp_path: Path) -> None:
+    sources = {f"film{number}": {"path": f"film{number}.mkv"} for number in range(500)}
+    with ThreadPoolExecutor(8) as threads:
+        for number in range(20):
+            folder = str(tmp_path / str(number))
+            agreed = [threads.submit(agree, folder, {"model": "net"}, sources) for _ in range(8)]
+            for one in agreed:
+                one.result()
+    for number in range(20):
+        assert json.loads((tmp_path / f"{number}/manifest.json").read_bytes())["sources"] == sources
+        assert len(list((tmp_path / str(number)).iterdir())) == 1
 
 
 def test_a_server_that_goes_away_for_a_while_is_waited_for(
