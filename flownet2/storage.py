@@ -44,7 +44,8 @@ def open_file(path: str) -> IO[bytes]:
 def write(path: str, content: bytes, shared: bool = False) -> None:
     """Put a file there, whole or not at all, with the folders that it needs.
 
-    `shared`: other processes, of other machines too, may write the same file at once.
+    `shared`: other processes, of other machines too, may write the same file at once. Any other
+    file is written aside under one name, so that what a killed writer leaves is written over.
     """
     if is_url(path):
         with _remote(path) as (filesystem, name):

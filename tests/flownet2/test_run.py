@@ -369,13 +369,12 @@ def test_many_agree_on_a_manifest_at_once(tmp_path: Path) -> None:
     sources = {f"film{number}": {"path": f"film{number}.mkv"} for number in range(500)}
     with ThreadPoolExecutor(8) as threads:
         for number in range(20):
-            folder = str(tmp_path / str(number))
-            agreed = [threads.submit(agree, folder, {"model": "net"}, sources) for _ in range(8)]
+            out = tmp_path / str(number)
+            agreed = [threads.submit(agree, str(out), {"model": "net"}, sources) for _ in range(8)]
             for one in agreed:
                 one.result()
-    for number in range(20):
-        assert json.loads((tmp_path / f"{number}/manifest.json").read_bytes())["sources"] == sources
-        assert len(list((tmp_path / str(number)).iterdir())) == 1
+            assert json.loads((out / "manifest.json").read_bytes())["sources"] == sources
+            assert len(list(out.iterdir())) == 1
 
 
 def test_a_server_that_goes_away_for_a_while_is_waited_for(
