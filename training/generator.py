@@ -204,8 +204,9 @@ def _object(
     centre = (torch.where(present, centre[0], torch.full_like(half, far)), centre[1])
     texture_map = _texture_map(centre, random.uniform(0, 2 * math.pi), half, half * thin)
 
-    outlines, colourless = textures.outlines(count, size, random.generator)
-    from_photo = colourless | random.chance(0.4).to(tiles.device)
+    drawn, colourless = textures.outlines(count, size, random.generator)
+    outlines = drawn.to(tiles.device, non_blocking=True) / 255
+    from_photo = (colourless | random.chance(0.4)).to(tiles.device)
     # Photographs that lie behind other scenes of the batch.
     others = tiles.roll(1 + int(random.integer(0, count)[0]), 0)
     left, top = (int(random.integer(0, TILE_SIZE - size)[0]) for _ in range(2))
@@ -346,15 +347,32 @@ def render(
     textures: Textures,
     displacement: float = 1.0,
     effects: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Scenes:
-    """Render `count` scenes of one seed, on the device of `textures`.
+    """Render `count` scenes of one seed.
 
     `displacement` scales every motion: 1 gives a median of a few pixels with a tail beyond 100,
     0.1 the small motions that FlowNet2-SD is trained on. `effects` off leaves out motion blur, fog
     and defocus.
     """
+    layers, shutter = compose(seed, count, height, width, textures, displacement, effects, device)
+    return _render_layers(layers, height, width, shutter)
+
+
+def compose(
+    seed: int,
+    count: int,
+    height: int,
+    width: int,
+    textures: Textures,
+    displacement: float = 1.0,
+    effects: bool = True,
+    device: torch.device | str = "cpu",
+) -> tuple[list[_Layer], Tensor | None]:
+    """The layers of :func:`render`, back to front, and the shutter if there is motion blur."""
     random = _Random(seed, count)
-    tiles = textures.tiles(count, random.generator)
+    drawn = textures.tiles(count, random.generator)
+    tiles = drawn.to(device, non_blocking=True).float() / 255
     layers = [_background(random, tiles, height, width, displacement)]
     layers += [
         _object(random, textures, tiles, size, height, width, displacement, layers[0].motion)
@@ -370,4 +388,4 @@ def render(
                 layers[number] = replace(layers[number], texture=texture)
         if random.chance(FOG)[0]:
             layers = _fogged(layers, random)
-    return _render_layers(layers, height, width, shutter if blurred else None)
+    return layers, shutter if blurred else None

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from training.generator import render
+from training.prefetch import draw_ahead
 from training.textures import Textures
 
-RENDER_BATCH = 8
+RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; a GPU takes as long for one as for many
 SMALL = 0.1  # factor between motions and small ones, those of FlowNet2-SD's training
 MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
 
@@ -37,18 +38,21 @@ def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, 1, 1, 1, generator=random)
 
+    def put(values: Tensor) -> Tensor:
+        return values.to(device, non_blocking=True)
+
     images = frames.float() / 255
     order = torch.stack([torch.randperm(3, generator=random) for _ in range(pairs)])
-    order = order.to(device).view(1, pairs, 3, 1, 1).expand_as(images)
+    order = put(order).view(1, pairs, 3, 1, 1).expand_as(images)
     images = images.gather(2, order)
     balance = 0.9 + 0.2 * torch.rand(1, pairs, 3, 1, 1, generator=random)
     gain = balance * draw(0.6, 1.4, 1, pairs) * draw(0.9, 1.1, 2, pairs)
     offset = draw(-0.15, 0.15, 1, pairs) + draw(-0.04, 0.04, 2, pairs)
     gamma = draw(0.75, 1.35, 1, pairs) * draw(0.93, 1.07, 2, pairs)
-    images = images.clamp(min=1e-3).pow(gamma.to(device))
+    images = images.clamp(min=1e-3).pow(put(gamma))
     # Contrast turns about middle grey.
-    images = images * gain.to(device) + (0.5 - 0.5 * gain + offset).to(device)
-    sigma = draw(0.0, 0.03, 1, pairs).to(device)
+    images = images * put(gain) + put(0.5 - 0.5 * gain + offset)
+    sigma = put(draw(0.0, 0.03, 1, pairs))
     seed = int(torch.randint(1 << 30, (1,), generator=random))
     noise_random = torch.Generator(device).manual_seed(seed)
     noise = torch.randn(images.shape, generator=noise_random, device=device)
@@ -56,18 +60,18 @@ def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
 
 
 def leaves(flow: Tensor) -> Tensor:
-    """Where a flow [2, h, w] points out of the image, bool [h, w]."""
-    height, width = flow.shape[1:]
-    x = flow[0] + torch.arange(width, device=flow.device)
-    y = flow[1] + torch.arange(height, device=flow.device)[:, None]
+    """Where a flow [N, 2, h, w] points out of the image, bool [N, h, w]."""
+    height, width = flow.shape[2:]
+    x = flow[:, 0] + torch.arange(width, device=flow.device)
+    y = flow[:, 1] + torch.arange(height, device=flow.device)[:, None]
     return (x < -0.5) | (y < -0.5) | (x > width - 0.5) | (y > height - 0.5)
 
 
 class ScenePool:
     """A ring of rendered scenes. Each is cropped, flipped and recoloured afresh whenever drawn.
 
-    The scenes are the seeds `seed`, `seed + 1`, …, rendered in that order, RENDER_BATCH at a time,
-    so that a pool is restored by the number of batches rendered. The share `small` of the batches
+    The scenes are the seeds `seed`, `seed + 1`, …, rendered in that order, a RENDER_BATCH each, so
+    that a pool is restored by the number of batches rendered. The share `small` of the batches
     has small motions.
     """
 
@@ -80,18 +84,23 @@ class ScenePool:
         small: float,
         seed: int,
         rendered: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.textures, self.crop, self.seed = textures, crop, seed
+        self.device = torch.device(device)
+        self.scenes = RENDER_BATCH[self.device.type]
         self.displacement, self.small = displacement, small
         self.size = (crop[0] + MARGIN, crop[1] + MARGIN)
-        self.slots = capacity // RENDER_BATCH
+        self.slots = capacity // self.scenes
         height, width = self.size
-        scenes = self.slots * RENDER_BATCH
-        device = textures.device
+        scenes = self.slots * self.scenes
         self.frames = torch.zeros(2, scenes, 3, height, width, dtype=torch.uint8, device=device)
         self.flow = torch.zeros(scenes, 2, height, width, device=device)
         self.occluded = torch.zeros(scenes, height, width, dtype=torch.bool, device=device)
         self.rendered = max(0, rendered - self.slots)
+        ahead = self.device.type != "cpu"
+        first = seed + self.rendered
+        self.drawn = draw_ahead(textures, first, self.scenes, self.size) if ahead else None
         self.owed = 0.0
         while self.rendered < max(rendered, self.slots):
             self.render_next()
@@ -103,10 +112,15 @@ class ScenePool:
         if int((self.rendered + 1) * self.small) > int(self.rendered * self.small):
             displacement *= SMALL
         scenes = render(
-            self.seed + self.rendered, RENDER_BATCH, *self.size, self.textures, displacement
+            self.seed + self.rendered,
+            self.scenes,
+            *self.size,
+            next(self.drawn) if self.drawn else self.textures,
+            displacement,
+            device=self.device,
         )
-        start = self.rendered % self.slots * RENDER_BATCH
-        part = slice(start, start + RENDER_BATCH)
+        start = self.rendered % self.slots * self.scenes
+        part = slice(start, start + self.scenes)
         self.frames[:, part] = scenes.frames
         self.flow[part] = scenes.flow
         self.occluded[part] = scenes.occluded
@@ -115,24 +129,20 @@ class ScenePool:
     def draw(self, count: int, reuse: float, random: torch.Generator) -> Batch:
         """`count` crops, after rendering as many new scenes as uses of each `reuse` times ask."""
         self.owed += count / reuse
-        while self.owed >= RENDER_BATCH:
+        while self.owed >= self.scenes:
             self.render_next()
-            self.owed -= RENDER_BATCH
+            self.owed -= self.scenes
         frames, flows, occluded = [], [], []
         chosen = torch.randint(len(self.flow), (count,), generator=random).tolist()
-        for scene in chosen:
-            top, left = torch.randint(MARGIN + 1, (2,), generator=random).tolist()
-            flip_x, flip_y = (torch.rand(2, generator=random) < 0.5).tolist()
+        corners = torch.randint(MARGIN + 1, (count, 2), generator=random).tolist()
+        flips = torch.rand(count, 2, generator=random) < 0.5  # along y and x
+        for scene, (top, left), flip in zip(chosen, corners, flips.tolist(), strict=True):
             rows, columns = slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
-            frame = self.frames[:, scene, :, rows, columns]
-            flow = self.flow[scene, :, rows, columns]
-            hidden = self.occluded[scene, rows, columns]
-            hidden = hidden | leaves(flow)
-            axes = [axis for axis, flip in ((-1, flip_x), (-2, flip_y)) if flip]
-            sign = torch.tensor([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0])
-            frames.append(frame.flip(axes))
-            flows.append(flow.flip(axes) * sign.to(flow.device).view(2, 1, 1))
-            occluded.append(hidden.flip(axes))
-        return Batch(
-            photometric(torch.stack(frames, 1), random), torch.stack(flows), torch.stack(occluded)
-        )
+            axes = [axis for axis, flipped in zip((-2, -1), flip, strict=True) if flipped]
+            frames.append(self.frames[:, scene, :, rows, columns].flip(axes))
+            flows.append(self.flow[scene, :, rows, columns].flip(axes))
+            occluded.append(self.occluded[scene, rows, columns].flip(axes))
+        signs = torch.where(flips, -1.0, 1.0).flip(1).view(count, 2, 1, 1)
+        flow = torch.stack(flows) * signs.to(self.device, non_blocking=True)
+        images = photometric(torch.stack(frames, 1), random)
+        return Batch(images, flow, torch.stack(occluded) | leaves(flow))

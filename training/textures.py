@@ -35,14 +35,9 @@ class _Files:
 
 
 class Textures:
-    """Photographs and cut-outs below `folder`; without one, everything is procedural.
+    """Photographs and cut-outs below `folder`; without one, everything is procedural."""
 
-    Args:
-        device: where the drawn textures are put. The draws are made on the CPU.
-    """
-
-    def __init__(self, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, folder: Path | None = None) -> None:
         random = torch.Generator().manual_seed(1)
         self.procedural = procedural_tiles(32, random)
         self.shapes = procedural_shapes(160, random)
@@ -50,18 +45,18 @@ class Textures:
         self.cutouts = _Files(folder / "cutouts") if folder else None
 
     def tiles(self, count: int, random: torch.Generator) -> Tensor:
-        """`count` textures, float32 [count, 3, 448, 448] in 0..1."""
+        """`count` textures, uint8 [count, 3, 448, 448]."""
         tiles = []
         for _ in range(count):
             if self.photos is None or _uniform(random) < PROCEDURAL_TILES:
                 tiles.append(self.procedural[_integer(len(self.procedural), random)])
             else:
                 tiles.append(_tile(self.photos.draw(random), random))
-        return torch.stack(tiles).to(self.device).float() / 255
+        return torch.stack(tiles)
 
     def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` cut-outs, float32 [count, 4, size, size] in 0..1, not premultiplied; and which
-        of them are shapes without a colour of their own, bool [count]."""
+        """`count` cut-outs, uint8 [count, 4, size, size], not premultiplied; and which of them are
+        shapes without a colour of their own, bool [count]."""
         found, colourless = [], []
         for _ in range(count):
             procedural = self.cutouts is None or _uniform(random) < PROCEDURAL_CUTOUTS
@@ -69,10 +64,10 @@ class Textures:
             if self.cutouts is None or procedural:
                 shape = self.shapes[_integer(len(self.shapes), random)].float()
                 sized = F.interpolate(shape[None], (size, size), mode="bilinear", antialias=True)
-                found.append(sized[0])
+                found.append(sized[0].round().to(torch.uint8))
             else:
                 found.append(_cutout(self.cutouts.draw(random), size))
-        return torch.stack(found).to(self.device) / 255, torch.tensor(colourless).to(self.device)
+        return torch.stack(found), torch.tensor(colourless)
 
 
 def _uniform(random: torch.Generator) -> float:
@@ -105,7 +100,7 @@ def _cutout(path: Path, size: int) -> Tensor:
     factor = (size - 2) / max(picture.size)
     width, height = (max(1, round(side * factor)) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    canvas = torch.zeros(4, size, size)
+    canvas = torch.zeros(4, size, size, dtype=torch.uint8)
     top, left = (size - height) // 2, (size - width) // 2
     canvas[:, top : top + height, left : left + width] = _channels(picture)
     return canvas

@@ -117,7 +117,7 @@ class Trainer:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
-        self.textures = Textures(arguments.textures, self.device)
+        self.textures = Textures(arguments.textures)
         self.workers = Workers()
         self.validation: list[Pair] = []
         if arguments.validation:
@@ -252,6 +252,7 @@ class Trainer:
             self.arguments.small_motions,
             self.next_seed,
             rendered,
+            self.device,
         )
 
     def batch(self) -> Batch:
@@ -389,15 +390,16 @@ class Trainer:
             finest = levels[-1].detach()
             truth = nn.functional.adaptive_avg_pool2d(batch.flow, finest.shape[2:])
             epe = endpoint_error(finest * self.trainee.scale, truth)
-        if not loss.isfinite():  # a flow that is none ends grid_sample's backward pass in a crash
+        shown = torch.stack((loss.detach(), epe)).tolist()  # a GPU is waited for here alone
+        if not math.isfinite(shown[0]):  # a NaN flow ends grid_sample's backward pass in a crash
             raise FloatingPointError(
-                f"the loss of step {self.step} is {loss.item()}; go on from the checkpoint with a "
+                f"the loss of step {self.step} is {shown[0]}; go on from the checkpoint with a "
                 "lower --learning-rate"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.elapsed, shown_loss, shown_epe = self.workers.average_gradients(
-            self.trainee, [elapsed, float(loss.detach()), float(epe)]
+            self.trainee, [elapsed, *shown]
         )
         nn.utils.clip_grad_norm_(self.trainee.trained().values(), 1.0)
         self.optimizer.step()
@@ -449,7 +451,7 @@ class Trainer:
                 "epe": f"{epe:.4f}",
             },
         )
-        left = self.elapsed / self.total_progress - self.elapsed
+        left = max(0.0, self.elapsed / self.total_progress - self.elapsed)
         done = int(30 * min(1.0, self.total_progress))
         what = "matching loss" if self.stage.matching else "EPE"
         print(
@@ -588,6 +590,7 @@ def keep_memory() -> None:
 def main() -> None:
     """The command line."""
     keep_memory()
+    torch.backends.cudnn.benchmark = True  # sizes stay the same for thousands of steps
     try:
         trainer = Trainer(parse())
     except (ValueError, OSError) as error:  # an argument that cannot be

@@ -38,7 +38,7 @@ SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--float32", "--de
 @pytest.fixture
 def trainer(textures: Textures, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
     """Makes runs that share one set of textures."""
-    monkeypatch.setattr(train, "Textures", lambda folder, device: textures)
+    monkeypatch.setattr(train, "Textures", lambda folder: textures)
 
     def make(folder: Path, *options: str) -> Trainer:
         return Trainer(parse([*SMALL, "--out", str(folder), *options]))

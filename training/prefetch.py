@@ -1,0 +1,83 @@
+"""Textures drawn ahead of their scenes, by processes of their own.
+
+A GPU renders a scene in a fraction of the time that a core takes to decode and resize its
+pictures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.generator import compose
+from training.textures import Textures
+
+Draw = tuple[Any, Tensor]  # textures, and the state of the random generator after them
+
+
+class Recorder(Textures):
+    """Textures that keep what is drawn of them."""
+
+    def __init__(self, textures: Textures) -> None:
+        self.textures = textures
+        self.draws: list[Draw] = []
+
+    def tiles(self, count: int, random: torch.Generator) -> Tensor:
+        tiles = self.textures.tiles(count, random)
+        self.draws.append((tiles, random.get_state()))
+        return tiles
+
+    def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        outlines = self.textures.outlines(count, size, random)
+        self.draws.append((outlines, random.get_state()))
+        return outlines
+
+
+class Replay(Textures):
+    """What a :class:`Recorder` has kept, in the same order, for the same scenes."""
+
+    def __init__(self, draws: list[Draw]) -> None:
+        self.draws = iter(draws)
+
+    def tiles(self, count: int, random: torch.Generator) -> Tensor:
+        tiles, state = next(self.draws)
+        random.set_state(state)
+        return tiles  # type: ignore[no-any-return]
+
+    def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        (outlines, colourless), state = next(self.draws)
+        random.set_state(state)
+        return outlines, colourless
+
+
+class _Draws(Dataset[list[Draw]]):
+    """The draws of `render(seed, count, height, width)` by seed."""
+
+    def __init__(self, textures: Textures, count: int, size: tuple[int, int]) -> None:
+        self.textures, self.count, self.size = textures, count, size
+
+    def __getitem__(self, seed: int) -> list[Draw]:
+        recorder = Recorder(self.textures)
+        # On the device "meta" layers have a shape, and cost nothing.
+        compose(seed, self.count, *self.size, recorder, device="meta")
+        return recorder.draws
+
+
+def draw_ahead(
+    textures: Textures, seed: int, scenes: int, size: tuple[int, int]
+) -> Iterator[Replay]:
+    """The textures of `render(seed, scenes, *size, textures)`, then of the next seed, and so on."""
+    loader = DataLoader(
+        _Draws(textures, scenes, size),
+        batch_size=None,
+        sampler=count(seed),
+        num_workers=max(1, len(os.sched_getaffinity(0)) - 2),
+        pin_memory=torch.cuda.is_available(),
+    )
+    return map(Replay, loader)
