@@ -189,7 +189,8 @@ class Trainer:
         for path in self.arguments.weights:
             blocks, source = take_weights(self.model, path)
             given |= blocks
-            self.source = f"{source}, then {' and '.join(self.blocks)} "
+            origin = source.partition(", ")[0]  # without the runs in between
+            self.source = f"{origin}, lastly {' and '.join(self.blocks)}, "
         self.fresh = [block for block in self.blocks if block not in given]
         self.stage_index = 0
         for number, block in enumerate(self.fresh):

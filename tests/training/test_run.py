@@ -180,7 +180,7 @@ def test_a_network_is_stacked_on_a_weights_file_which_stays(
     run.run()
     assert not torch.equal(run.model.blocks["net2"].encoder["conv1"].weight, before)
     model, source = finished_model(tmp_path / "cs")
-    assert source == "a test, then net2 2 steps in 0 minutes"
+    assert source == "a test, lastly net2, 2 steps in 0 minutes"
     for name, value in run.model.blocks["net1"].state_dict().items():
         assert torch.equal(model.blocks["net1"].state_dict()[name], value), name
         assert torch.equal(value.half().float(), value), name
