@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.textures import TILE_SIZE, Textures
+from training.textures import TILE_SIZE, TextureSource
 
 # Object slots of a scene, back to front: texture side in pixels. Each is there with PRESENCE.
 OBJECT_SIZES = (320, 224, 112, 224, 80, 112, 80, 56, 56)
@@ -179,7 +179,7 @@ def _background(
 
 def _object(
     random: _Random,
-    textures: Textures,
+    textures: TextureSource,
     tiles: Tensor,
     size: int,
     height: int,
@@ -344,7 +344,7 @@ def render(
     count: int,
     height: int,
     width: int,
-    textures: Textures,
+    textures: TextureSource,
     displacement: float = 1.0,
     effects: bool = True,
     device: torch.device | str = "cpu",
@@ -364,7 +364,7 @@ def compose(
     count: int,
     height: int,
     width: int,
-    textures: Textures,
+    textures: TextureSource,
     displacement: float = 1.0,
     effects: bool = True,
     device: torch.device | str = "cpu",

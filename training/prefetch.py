@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.generator import compose
-from training.textures import Textures
+from training.textures import TextureSource
 
 Draw = tuple[Any, Tensor]  # textures, and the state of the random generator after them
 
 
-class Recorder(Textures):
+class Recorder:
     """Textures that keep what is drawn of them."""
 
-    def __init__(self, textures: Textures) -> None:
+    def __init__(self, textures: TextureSource) -> None:
         self.textures = textures
         self.draws: list[Draw] = []
 
@@ -39,7 +39,7 @@ class Recorder(Textures):
         return outlines
 
 
-class Replay(Textures):
+class Replay:
     """What a :class:`Recorder` has kept, in the same order, for the same scenes."""
 
     def __init__(self, draws: list[Draw]) -> None:
@@ -59,7 +59,7 @@ class Replay(Textures):
 class _Draws(Dataset[list[Draw]]):
     """The draws of `render(seed, count, height, width)` by seed."""
 
-    def __init__(self, textures: Textures, count: int, size: tuple[int, int]) -> None:
+    def __init__(self, textures: TextureSource, count: int, size: tuple[int, int]) -> None:
         self.textures, self.count, self.size = textures, count, size
 
     def __getitem__(self, seed: int) -> list[Draw]:
@@ -70,7 +70,7 @@ class _Draws(Dataset[list[Draw]]):
 
 
 def draw_ahead(
-    textures: Textures, seed: int, scenes: int, size: tuple[int, int]
+    textures: TextureSource, seed: int, scenes: int, size: tuple[int, int]
 ) -> Iterator[Replay]:
     """The textures of `render(seed, scenes, *size, textures)`, then of the next seed, and so on."""
     loader = DataLoader(

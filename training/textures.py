@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,17 @@ class _Files:
         return self.paths[int(torch.multinomial(self.weights, 1, generator=random))]
 
 
+class TextureSource(Protocol):
+    """What scenes are covered with, drawn by a random generator on the CPU."""
+
+    def tiles(self, count: int, random: torch.Generator) -> Tensor:
+        """`count` textures, uint8 [count, 3, 448, 448]."""
+
+    def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` cut-outs, uint8 [count, 4, size, size], not premultiplied; and which of them are
+        shapes without a colour of their own, bool [count]."""
+
+
 class Textures:
     """Photographs and cut-outs below `folder`; without one, everything is procedural."""
 
@@ -45,7 +57,6 @@ class Textures:
         self.cutouts = _Files(folder / "cutouts") if folder else None
 
     def tiles(self, count: int, random: torch.Generator) -> Tensor:
-        """`count` textures, uint8 [count, 3, 448, 448]."""
         tiles = []
         for _ in range(count):
             if self.photos is None or _uniform(random) < PROCEDURAL_TILES:
@@ -55,8 +66,6 @@ class Textures:
         return torch.stack(tiles)
 
     def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` cut-outs, uint8 [count, 4, size, size], not premultiplied; and which of them are
-        shapes without a colour of their own, bool [count]."""
         found, colourless = [], []
         for _ in range(count):
             procedural = self.cutouts is None or _uniform(random) < PROCEDURAL_CUTOUTS
