@@ -53,8 +53,8 @@ class _Random:
         self.count = count
 
     def uniform(self, low: float, high: float) -> Tensor:
-        value = torch.rand(self.count, generator=self.generator, dtype=torch.float64)
-        return low + (high - low) * value
+        values = torch.empty(self.count, dtype=torch.float64)
+        return values.uniform_(low, high, generator=self.generator)
 
     def normal(self) -> Tensor:
         return torch.randn(self.count, generator=self.generator, dtype=torch.float64)
@@ -247,21 +247,17 @@ def _project(
     Written out by rows, columns and bend: a matrix product with three columns is slow everywhere.
     """
     affine = bool((matrix[:, 2, :2] == 0).all())
-    matrix = matrix.to(torch.float32)
-    x = torch.arange(width, dtype=torch.float32)
-    y = torch.arange(height, dtype=torch.float32)
-    entries = matrix.to(device)
-    mapped = []
-    for row in range(2 if affine else 3):
-        by_column = matrix[:, row, :1] * x
-        by_row = matrix[:, row, 1:2] * y + matrix[:, row, 2:]
-        value = by_column[:, None, :].to(device) + by_row[:, :, None].to(device)
-        if bend is not None:
-            value.addcmul_(entries[:, row, 0].view(-1, 1, 1), bend[:, 0])
-            value.addcmul_(entries[:, row, 1].view(-1, 1, 1), bend[:, 1])
-        mapped.append(value)
-    points = torch.stack(mapped[:2], -1)
-    return points if affine else points.div_(mapped[2][..., None])
+    entries = matrix[:, : 2 if affine else 3].to(device, torch.float32)
+    x = torch.arange(width, dtype=torch.float32, device=device)
+    y = torch.arange(height, dtype=torch.float32, device=device)
+    by_column = entries[:, :, :1] * x
+    by_row = entries[:, :, 1:2] * y + entries[:, :, 2:]
+    mapped = by_column[:, :, None, :] + by_row[:, :, :, None]
+    if bend is not None:
+        mapped.addcmul_(entries[:, :, 0, None, None], bend[:, None, 0])
+        mapped.addcmul_(entries[:, :, 1, None, None], bend[:, None, 1])
+    points = mapped[:, :2].permute(0, 2, 3, 1)
+    return points if affine else points / mapped[:, 2, :, :, None]
 
 
 def _composite(layers: list[_Layer], sampling: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
