@@ -11,7 +11,7 @@ from training.generator import render
 from training.prefetch import draw_ahead
 from training.textures import Textures
 
-RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; a GPU takes as long for one as for many
+RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; a GPU takes its time for the calls, not the pixels
 SMALL = 0.1  # factor between motions and small ones, those of FlowNet2-SD's training
 MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
 

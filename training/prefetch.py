@@ -64,7 +64,7 @@ class _Draws(Dataset[list[Draw]]):
 
     def __getitem__(self, seed: int) -> list[Draw]:
         recorder = Recorder(self.textures)
-        # On the device "meta" layers have a shape, and cost nothing.
+        # On the device "meta" layers have shapes, but no pixels.
         compose(seed, self.count, *self.size, recorder, device="meta")
         return recorder.draws
 

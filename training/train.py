@@ -391,7 +391,7 @@ class Trainer:
             finest = levels[-1].detach()
             truth = nn.functional.adaptive_avg_pool2d(batch.flow, finest.shape[2:])
             epe = endpoint_error(finest * self.trainee.scale, truth)
-        shown = torch.stack((loss.detach(), epe)).tolist()  # a GPU is waited for here alone
+        shown = torch.stack((loss.detach(), epe)).tolist()  # the one wait for a GPU in a step
         if not math.isfinite(shown[0]):  # a NaN flow ends grid_sample's backward pass in a crash
             raise FloatingPointError(
                 f"the loss of step {self.step} is {shown[0]}; go on from the checkpoint with a "
