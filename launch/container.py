@@ -47,9 +47,10 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2:
         print("usage: python -m launch.container [--gateway] REPOSITORY MODELS…", file=sys.stderr)
         return 2
+    stop, changed = threading.Event(), threading.Event()
     # The first process of a container ignores signals that it does not handle.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    changed = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGUSR1, lambda *_: changed.set())
     repository, sources = Path(arguments[0]), [Path(folder) for folder in arguments[1:]]
     try:
@@ -57,11 +58,7 @@ def main(arguments: list[str]) -> int:
         port = port_from_environment("PORT", 5003) if with_gateway else None
         models = assemble(repository, sources)
         check_repository(repository)
-        candidates = configurations(repository, models)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        for configuration in candidates:
+        for configuration in configurations(repository, models, stop):
             _say(f"serving {', '.join(models)} with the {configuration} configuration")
             if serve(repository, sources, address, configuration, port, stop, changed):
                 return 0
@@ -71,8 +68,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def configurations(repository: Path, models: list[str]) -> list[str]:
-    """The configurations that may work on this machine, the fastest first; the CPU's always is."""
+def configurations(repository: Path, models: list[str], stop: threading.Event) -> list[str]:
+    """The configurations that may work on this machine, the fastest first and the CPU's always;
+    none once `stop` is set."""
     try:
         gpu = find_gpu()
     except EngineError as error:
@@ -85,13 +83,15 @@ def configurations(repository: Path, models: list[str]) -> list[str]:
         _say(f"warning: TensorRT is not used: {PLUGIN} does not load: {error}")
         return [ONNX, CPU]
     for name in models:
-        if not build_engine(repository, name):
+        if not build_engine(repository, name, stop):
+            if stop.is_set():
+                return []
             _say(f"warning: TensorRT is not used: no engine for {name}, the reason stands above")
             return [ONNX, CPU]
     return [TENSORRT, ONNX, CPU]
 
 
-def build_engine(repository: Path, name: str, stop: threading.Event | None = None) -> bool:
+def build_engine(repository: Path, name: str, stop: threading.Event) -> bool:
     """Build a model's engine for this GPU, unless a fitting one is there; False if it failed, or if
     `stop` ended it.
 
@@ -101,13 +101,10 @@ def build_engine(repository: Path, name: str, stop: threading.Event | None = Non
     _say(f"TensorRT engine of {name}")
     command = [sys.executable, "-m", "export", "tensorrt"]
     command += ["--repository", str(repository), "--name", name]
-    stop = stop or threading.Event()
     with subprocess.Popen(command) as build:  # noqa: S603
-        try:
-            while build.poll() is None and not stop.wait(0.2):
-                pass
-        finally:  # also where a signal ends this process
-            build.kill()
+        while build.poll() is None and not stop.wait(0.2):
+            pass
+        build.kill()
     return build.returncode == 0
 
 

@@ -78,6 +78,8 @@ def draw_ahead(
         batch_size=None,
         sampler=count(seed),
         num_workers=max(1, len(os.sched_getaffinity(0)) - 2),
+        # What other libraries have started in this process does not live through a fork.
+        multiprocessing_context="spawn",
         pin_memory=torch.cuda.is_available(),
     )
     return map(Replay, loader)

@@ -1,6 +1,8 @@
 """The generator against what its images show: flow, occlusion and seeds."""
 
+from concurrent.futures import ProcessPoolExecutor
 from copy import copy
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +89,20 @@ def test_a_seed_gives_the_same_scenes_again_and_another_seed_others(textures: Te
     assert not torch.equal(first.frames, other.frames)
 
 
-def test_textures_that_are_drawn_ahead_give_the_same_scenes(textures: Textures) -> None:
+def compare_with_drawn_ahead() -> None:
+    torch.set_num_threads(1)
+    textures = Textures()
     ahead = draw_ahead(textures, 7, 2, (64, 64))
     for seed in (7, 8):
         first, again = (render(seed, 2, 64, 64, source, 0.5) for source in (textures, next(ahead)))
         assert torch.equal(first.frames, again.frames)
         assert torch.equal(first.flow, again.flow)
+
+
+def test_textures_that_are_drawn_ahead_give_the_same_scenes() -> None:
+    # In a process of its own: PyTorch's loader handles SIGCHLD for good in the one that uses it.
+    with ProcessPoolExecutor(1, get_context("spawn")) as own:
+        own.submit(compare_with_drawn_ahead).result()
 
 
 def test_small_motions_and_a_long_tail(textures: Textures) -> None:
