@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> int:
 
 
 def configurations(repository: Path, models: list[str], stop: threading.Event) -> list[str]:
-    """The configurations that may work on this machine, the fastest first and the CPU's always;
-    none once `stop` is set."""
+    """The configurations that may work on this machine, the fastest first and the CPU's
+    last; none where `stop` ended the build of an engine."""
     try:
         gpu = find_gpu()
     except EngineError as error:
