@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from flownet2.errors import Error
+
 if TYPE_CHECKING:
     from flownet2.client import AsyncClient, Client, FlowError, Model, Result
     from flownet2.formats import FormatError, read_flow, write_flow
@@ -12,6 +14,7 @@ __version__ = "1.0.0"
 __all__ = [
     "AsyncClient",
     "Client",
+    "Error",
     "FlowError",
     "FormatError",
     "Model",
