@@ -19,9 +19,11 @@ from flownet2.contract import (
     MINIMUM_SIDE,
     MODEL_NAME,
 )
+from flownet2.errors import Error
 from flownet2.formats import Flow, Mask
 from flownet2.images import Frame, ImageError, Pixels, Source
 from flownet2.measures import occluded
+from flownet2.models import Model
 from flownet2.triton import CHANNEL, failure
 
 DEFAULT_SERVER = "http://127.0.0.1:5003"
@@ -35,7 +37,7 @@ REST_SECONDS = 1.0
 """How long an endpoint that refused or failed is left alone, unless it names a time itself."""
 
 
-class FlowError(Exception):
+class FlowError(Error):
     """There is no flow: the images are refused, or no server returns one.
 
     Attributes:
@@ -68,25 +70,6 @@ class Result:
     flow: Flow
     flow_backward: Flow | None = None
     occluded: Mask | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network that a server has loaded, and whose weights it has."""
-
-    name: str
-    version: str = ""
-    network: str | None = None
-    parameters: int | None = None
-    weights_source: str | None = None
-    weights_license: str | None = None
-    model_sha256: str | None = None
-    default: bool = False
-
-    @classmethod
-    def of(cls, facts: dict[str, Any]) -> Self:
-        """From a description that may have more or fewer of the attributes."""
-        return cls(**{name: facts[name] for name in cls.__annotations__ if name in facts})
 
 
 class _Unavailable(Exception):
@@ -148,7 +131,8 @@ class _Gateway:
         return Result(*(content[name] for name in ("flow", "flow_backward", "occluded")))
 
     async def models(self) -> list[Model]:
-        return [Model.of(one) for one in json.loads(await self._ask("GET", "/models"))["models"]]
+        found = json.loads(await self._ask("GET", "/models"))["models"]
+        return [Model.from_json(model) for model in found]
 
     async def _ask(self, method: str, path: str, **options: Any) -> bytes:
         try:
@@ -224,13 +208,12 @@ class _Triton:
     async def models(self) -> list[Model]:
         async def describe(name: str, version: str) -> Model:
             config = (await self._ask(lambda: self._client.get_model_config(name, version))).config
-            facts = {key: value.string_value for key, value in config.parameters.items()}
-            count = facts.pop("parameters", "")
-            parameters = int(count) if count.isdecimal() else None
-            default = name == MODEL_NAME
-            return Model.of(
-                facts
-                | {"name": name, "version": version, "parameters": parameters, "default": default}
+            return Model.from_parameters(
+                name,
+                config.parameters,
+                version=version,
+                backend=config.backend,
+                default=name == MODEL_NAME,
             )
 
         # Of those that are ready; the repository's index is for the operator alone.

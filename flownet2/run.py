@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 from flownet2 import storage, writers
-from flownet2.client import AsyncClient, FlowError, Model
+from flownet2.client import AsyncClient, FlowError
 from flownet2.manifest import Index, Row, agree, checksum, forget
+from flownet2.models import Model
 from flownet2.sources import Pair, Selection, Source, SourceError
 from flownet2.writers import PICTURES, STRETCH, VIDEO, Options
 
@@ -163,7 +164,12 @@ class _Runner:
                 if self.plan.on_error == "stop":
                     raise RunError(str(error)) from error
         options = {**asdict(self.plan.selection), **asdict(self.options)}
-        agree(self.folder, {"options": options, "model": asdict(model)}, identities)
+        network = {
+            key: value
+            for key, value in asdict(model).items()
+            if key not in ("backend", "max_pixels", "default")  # they do not change the results
+        }
+        agree(self.folder, {"options": options, "model": network}, identities)
 
     async def run(self, sources: Mapping[str, Source]) -> None:
         """All steps of all sources, some under way at a time, finished in order."""
