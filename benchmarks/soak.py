@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.report import bypass_proxies, machine, table
 from flownet2.contract import IMAGE_INPUTS
 from launch import gateway, triton
-from launch.check import Canary
+from launch.check import HealthCheck
 from launch.child import Child
 from launch.ports import free_ports
 from launch.shared_memory import FOLDER
@@ -95,7 +95,7 @@ def main() -> int:
         return start
 
     tritons = [
-        Server(f"Triton {index}", start_triton(one), Canary(one.host, one.http_port).fault)
+        Server(f"Triton {index}", start_triton(one), HealthCheck(one.host, one.http_port).fault)
         for index, one in enumerate(addresses, 1)
     ]
     service = Server(
@@ -205,7 +205,7 @@ async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
             faults = []
             for address in addresses:
                 try:
-                    fault = Canary(address.host, address.http_port).fault()
+                    fault = HealthCheck(address.host, address.http_port).fault()
                 except OSError as error:
                     fault = str(error)
                 faults += [fault] if fault else []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flownet2.client import DEFAULT_SERVER, UNREACHABLE, Client, FlowError
+from flownet2.processes import ending_with_parent
 
 CHECKOUT = Path(__file__).parent.parent
 START_SECONDS = 300.0
@@ -77,9 +78,8 @@ def _started(say: Callable[[str], None]) -> Iterator[str]:
     url = f"http://127.0.0.1:{ports['PORT']}"
     say("no server answers: starting one for this command")
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            # However the command ends, the server ends with it.
-            ["/usr/bin/setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", "launch"],
+        process = subprocess.Popen(  # noqa: S603
+            ending_with_parent([sys.executable, "-m", "launch"]),
             cwd=CHECKOUT,
             env={**os.environ, "HOST": "127.0.0.1", **ports},
             stdout=log,

@@ -1,6 +1,11 @@
-"""What a gRPC connection to Triton needs, and what its failures mean."""
+"""Talking to Triton: gRPC channel options, the health-check inference, and what failures mean."""
 
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flownet2.contract import GRID, IMAGE_INPUTS, SIZE_MULTIPLE
 
 _MESSAGE_LIMIT = 2**31 - 1
 CHANNEL = [
@@ -9,12 +14,12 @@ CHANNEL = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # Back within two seconds of a restart: gRPC's own backoff grows to two minutes.
+    # Reconnect within two seconds of a restart: gRPC's own backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
-    # `http_proxy` is for the way out, and not for Triton.
+    # Ignore `http_proxy`: Triton is on the local network.
     ("grpc.enable_http_proxy", 0),
 ]
 
@@ -28,11 +33,26 @@ Failure = Literal[
 ]
 
 
-def failure(code: str, message: str) -> Failure:
-    """What a failed inference means, by its gRPC status and message.
+def health_check(gpu: bool) -> dict[str, NDArray[np.uint8]]:
+    """Return the inputs of a health-check inference: two black images, by input name.
 
-    Triton says UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
-    says it when there is no connection; only the message tells them apart.
+    Args:
+        gpu: True if the model runs on a GPU. Its images are then 512x512: an engine for that size
+            exists anyway, and another size would cost one more. On a CPU they are 64x64, the
+            smallest size that the networks compute.
+
+    Returns:
+        Arrays of shape [1, height, width, 3].
+    """
+    height, width = GRID if gpu else (SIZE_MULTIPLE, SIZE_MULTIPLE)
+    return {name: np.zeros((1, height, width, 3), np.uint8) for name in IMAGE_INPUTS}
+
+
+def failure(code: str, message: str) -> Failure:
+    """Return what a failed inference means, by its gRPC status and message.
+
+    Triton returns UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
+    returns it when there is no connection; only the message tells them apart.
     """
     unavailable = code == "UNAVAILABLE"
     if code == "DEADLINE_EXCEEDED" or (unavailable and "Request timeout expired" in message):

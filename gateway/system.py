@@ -16,10 +16,3 @@ def tune_malloc() -> None:
         mallopt(m_arena_max, 2)
         mallopt(m_trim_threshold, 128 * MIB)
         mallopt(m_mmap_threshold, 32 * MIB)
-
-
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when the one that started it dies."""
-    pr_set_pdeathsig, sigterm = 1, 15
-    with contextlib.suppress(AttributeError):  # Linux alone
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, sigterm)

@@ -1,7 +1,6 @@
 """Several processes on one port, by uvicorn's supervisor: it replaces one that died or hangs."""
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,11 +15,12 @@ from prometheus_client import multiprocess
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
+from flownet2.processes import end_with_parent, is_orphan
 from gateway import logs
 from gateway.app import create_app
 from gateway.metrics import SHARED_FOLDER
 from gateway.settings import Settings
-from gateway.system import end_with_parent, tune_malloc
+from gateway.system import tune_malloc
 
 ANNOUNCE = signal.SIGUSR1
 """Tells a process that it will be asked to end: its `/readyz` fails from now on."""
@@ -83,15 +83,9 @@ def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
         return int(supervisor.failed)
 
 
-def orphaned() -> bool:
-    """Whether the process that started this one is gone."""
-    parent = multiprocessing.parent_process()
-    return parent is None or os.getppid() != parent.pid
-
-
 def end_worker() -> NoReturn:
     """End this process, and for a supervisor that was killed, remove what it could not."""
-    if orphaned():
+    if is_orphan():
         shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
     # Without the threads that still decode what nobody waits for: nothing can stop them.
     os._exit(0)
@@ -100,7 +94,7 @@ def end_worker() -> NoReturn:
 def create_worker() -> FastAPI:
     """The application in one of the processes, with its part of the limits."""
     end_with_parent()
-    if orphaned():  # before the kernel was asked to watch
+    if is_orphan():  # before the kernel was asked to watch
         end_worker()
     tune_malloc()
     settings = Settings()

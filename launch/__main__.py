@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from launch import gateway, triton
-from launch.check import Canary, url
+from launch.check import HealthCheck, url
 from launch.child import Child, Echo, is_error
 from launch.errors import LaunchError
 from launch.ports import check_free, port_from_environment
@@ -87,8 +87,8 @@ def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
 
     say(f"Starting Triton: some seconds, more with a large network (log: {log})")
     begin = time.monotonic()
-    canary = Canary(address.host, address.http_port)
-    with Supervisor(start_triton, canary.fault, say) as server:
+    health = HealthCheck(address.host, address.http_port)
+    with Supervisor(start_triton, health.fault, say) as server:
         if not _is_ready(server, stop):
             return
         say(f"Triton is ready after {time.monotonic() - begin:.0f} s; starting the gateway")

@@ -1,7 +1,7 @@
-"""`python -m launch.check`: whether the Triton of this machine serves, by an inference.
+"""`python -m launch.check`: health check of this machine's Triton, by an inference.
 
-Exits with 0 where it does, and otherwise with 1 and a sentence: for the probes of containers.
-Triton's own readiness does not notice that the process of its Python backend has died.
+Exits with status 0 if every loaded model returns a flow, otherwise with 1 and a message: the probe
+of the containers. Triton's own readiness stays true when the process of its Python backend is dead.
 """
 
 import http.client
@@ -12,70 +12,112 @@ import urllib.request
 from http import HTTPStatus
 from typing import Any
 
-from flownet2.contract import IMAGE_INPUTS, IMAGE_TYPE, MINIMUM_SIDE
+from flownet2.contract import FLOW_OUTPUT, IMAGE_TYPE
+from flownet2.triton import health_check
 from launch.errors import LaunchError
 from launch.ports import host_from_environment, port_from_environment
 
 TIMEOUT_SECONDS = 2.0
 
-# What runs on this machine is asked without the proxy that the environment may name.
+# Without the proxy that the environment may name: the servers run on this machine.
 open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
-class Canary:
-    """Small inferences that show whether a Triton's models serve."""
+class HealthCheck:
+    """Health checks of all models that a Triton has loaded."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Name the Triton's HTTP address."""
+        """Set the Triton's HTTP address."""
         self._url = url(host, port)
         self._successes: dict[str, int] = {}
 
     def fault(self) -> str | None:
-        """What keeps a loaded model from serving; None where all serve, or are merely busy.
+        """Return what is wrong with a loaded model, or None if all serve or are merely busy.
 
-        A model that has answered others since the last call is not asked.
+        A model that has computed a flow since the last call is not checked.
 
         Raises:
             OSError: Triton does not answer.
         """
-        for model in self._ask("/v2/models/stats")[1]["model_stats"]:
+        statistics = self._request("/v2/models/stats").get("model_stats", [])
+        for model in statistics:
             name, count = model["name"], int(model["inference_stats"]["success"]["count"])
             before, self._successes[name] = self._successes.get(name), count
             if before is not None and count > before:
                 continue
             try:
-                status, body = self._ask(f"/v2/models/{name}/infer", _REQUEST)
-            except TimeoutError:  # behind others in the queue
+                self._infer(name)
+            except TimeoutError:  # queued behind other requests
                 continue
-            if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                return f"Triton's model {name} fails: {body['error']}"
-            self._successes[name] += status == HTTPStatus.OK
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code == HTTPStatus.INTERNAL_SERVER_ERROR:
+                        return f"Triton's model {name} fails: {reason(error)}"
+            else:
+                self._successes[name] += 1
         return None
 
-    def _ask(self, path: str, body: object = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
+    def _infer(self, model: str) -> None:
+        groups = self._request(f"/v2/models/{model}/config").get("instance_group", [])
+        images = health_check(gpu=any(group.get("kind") == "KIND_GPU" for group in groups))
+        head = json.dumps(
+            {
+                "inputs": [
+                    {
+                        "name": name,
+                        "datatype": IMAGE_TYPE,
+                        "shape": image.shape,
+                        "parameters": {"binary_data_size": image.nbytes},
+                    }
+                    for name, image in images.items()
+                ],
+                "outputs": [{"name": FLOW_OUTPUT, "parameters": {"binary_data": True}}],
+                "parameters": {"timeout": int(TIMEOUT_SECONDS * 1e6)},  # in the queue, microseconds
+            }
+        ).encode()
+        body = b"".join([head, *(image.tobytes() for image in images.values())])
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Inference-Header-Content-Length": str(len(head)),
+        }
+        self._open(f"/v2/models/{model}/infer", body, headers)
+
+    def _request(self, path: str) -> dict[str, Any]:
         try:
-            with open_directly(self._url + path, data, timeout=TIMEOUT_SECONDS) as response:
-                return response.status, json.load(response)
+            found = json.loads(self._open(path))
         except urllib.error.HTTPError as error:
             with error:
-                return error.code, json.load(error)
-        except (http.client.HTTPException, ValueError) as error:  # it ended in the middle
-            raise OSError(f"no response from Triton: {error}") from error
+                raise OSError(f"Triton answers {path} with {error.code}: {reason(error)}") from None
+        except ValueError as error:
+            raise OSError(f"Triton's answer to {path} is not JSON") from error
+        return found if isinstance(found, dict) else {}
+
+    def _open(
+        self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> bytes:
+        request = urllib.request.Request(self._url + path, body, headers or {})  # noqa: S310
+        try:
+            with open_directly(request, timeout=TIMEOUT_SECONDS) as response:
+                content: bytes = response.read()
+                return content
+        except http.client.HTTPException as error:  # the connection ended in the middle
+            raise OSError(f"no answer from Triton: {error!r}") from error
 
 
-_SHAPE = [1, MINIMUM_SIDE, MINIMUM_SIDE, 3]
-_REQUEST = {
-    "inputs": [
-        {"name": name, "datatype": IMAGE_TYPE, "shape": _SHAPE, "data": [0] * 3 * MINIMUM_SIDE**2}
-        for name in IMAGE_INPUTS
-    ],
-    "parameters": {"timeout": int(TIMEOUT_SECONDS * 1e6)},  # in the queue, microseconds
-}
+def reason(error: urllib.error.HTTPError) -> str:
+    """Return the message in Triton's error response, whatever its body is."""
+    try:
+        body = error.read().decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return str(error)
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, LookupError, TypeError):  # from a proxy, or cut off
+        return body[:200] or str(error)
 
 
 def answers_ok(host: str, port: int, path: str) -> bool:
-    """True when a GET of `path` is answered with status 200."""
+    """Return True if a GET of `path` is answered with status 200."""
     try:
         with open_directly(url(host, port) + path, timeout=TIMEOUT_SECONDS) as response:
             return bool(response.status == HTTPStatus.OK)
@@ -84,20 +126,21 @@ def answers_ok(host: str, port: int, path: str) -> bool:
 
 
 def url(host: str, port: int) -> str:
-    """URL that reaches a server bound to `host` on this machine."""
+    """Return the URL of a server on this machine that is bound to `host`."""
     return f"http://{reachable(host)}:{port}"
 
 
 def reachable(host: str) -> str:
-    """An address that reaches a server bound to `host` (0.0.0.0 is no destination)."""
-    return {"0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104
+    """Return an address that reaches a server bound to `host`, in brackets if it is IPv6."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"[{host}]" if ":" in host else host
 
 
 def main() -> int:
     """Check the Triton that HOST and TRITON_HTTP_PORT name."""
     try:
         host = host_from_environment("HOST", "127.0.0.1")
-        fault = Canary(host, port_from_environment("TRITON_HTTP_PORT", 8000)).fault()
+        fault = HealthCheck(host, port_from_environment("TRITON_HTTP_PORT", 8000)).fault()
     except (LaunchError, OSError) as error:
         fault = str(error)
     if fault:

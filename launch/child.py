@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from flownet2.processes import ending_with_parent
 from launch.errors import LaunchError
 
 KEPT_LINES = 400
@@ -65,7 +66,7 @@ class Child:
         self._echo = echo
         self._crashed = threading.Event()
         self._process = subprocess.Popen(  # noqa: S603
-            ["/usr/bin/setpriv", "--pdeathsig", "TERM", "--", *map(str, command)],
+            ending_with_parent(command),
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

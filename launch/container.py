@@ -20,7 +20,7 @@ from pathlib import Path
 from export.engine.build import PLUGIN
 from export.engine.gpu import EngineError, find_gpu
 from launch import gateway
-from launch.check import Canary
+from launch.check import HealthCheck
 from launch.child import Child
 from launch.errors import LaunchError
 from launch.ports import port_from_environment
@@ -148,11 +148,11 @@ def serve(
         load(models, address, key)
         _say(f"loaded {', '.join(models)} again")
 
-    canary = Canary(address.host, address.http_port)
+    health = HealthCheck(address.host, address.http_port)
     start = functools.partial(run, command, environment, address, _print)
     ready = False
     try:
-        with Supervisor(start, canary.fault, _say) as server, contextlib.ExitStack() as stack:
+        with Supervisor(start, health.fault, _say) as server, contextlib.ExitStack() as stack:
             servers = [server]
             while not stop.wait(0.2):
                 if all([one.ready() for one in servers]) and not ready:

@@ -1,4 +1,4 @@
-"""Keeps a server running: starts it again when it ends, or when it no longer serves."""
+"""Keeps a server running: restarts it when it exits, or when it no longer serves."""
 
 import threading
 import time
@@ -19,27 +19,28 @@ ATTEMPTS = 6
 
 
 class Supervisor:
-    """Runs a server in a thread of its own while its block lasts.
+    """Runs a server from a thread of its own while its block lasts.
 
-    A server that ends, that says what is wrong with it, or that is silent for
-    :data:`SILENT_SECONDS`, is started again: at once, then after 1, 2, 4, ... seconds if it fails
-    before it was ready for :data:`SETTLED_SECONDS`, and given up after :data:`ATTEMPTS` such
-    failures in a row. A first start that fails is not repeated.
+    A server that exits, fails its health check, or does not answer for :data:`SILENT_SECONDS` is
+    restarted: at once, then after 1, 2, 4, ... seconds if it fails within :data:`SETTLED_SECONDS`
+    of being ready. After :data:`ATTEMPTS` such failures in a row it is given up. A failed first
+    start is not retried.
     """
 
     def __init__(self, start: Start, fault: Fault, say: Echo) -> None:
-        """Describe the server.
+        """Set how to start and check the server.
 
         Args:
-            start: runs the server, ready when its block begins (or when the event is set, which
-                ends the wait early) and gone after it.
-            fault: asks the server; what is wrong with it, if anything. OSError: no answer.
-            say: receives a sentence for each restart.
+            start: runs the server, ready when its block begins and stopped after it; setting the
+                event ends the wait for readiness early.
+            fault: health check; returns what is wrong with the server, or None. Raises OSError if
+                the server does not answer.
+            say: receives a line for each restart.
         """
         self._start, self._fault, self._say = start, fault, say
         self._ready = threading.Event()
         self._stop = threading.Event()
-        self._error: LaunchError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> "Supervisor":
@@ -56,10 +57,11 @@ class Supervisor:
         self._thread.join()
 
     def ready(self) -> bool:
-        """Whether the server has been ready once.
+        """Return True once the server has been ready.
 
         Raises:
-            LaunchError: its first start failed, or it was given up.
+            LaunchError: the server was given up.
+            Exception: whatever its first start raised.
         """
         if self._error:
             raise self._error
@@ -68,7 +70,7 @@ class Supervisor:
     def _run(self) -> None:
         try:
             self._keep_running()
-        except LaunchError as error:
+        except Exception as error:  # for the caller's thread, or it would wait for ever
             self._error = error
 
     def _keep_running(self) -> None:
@@ -83,10 +85,10 @@ class Supervisor:
                     if fault is None:
                         return
                     child.kill()
-            except LaunchError as error:
+            except Exception as error:
                 if not self._ready.is_set():
                     raise
-                fault = str(error)
+                fault = str(error) if isinstance(error, LaunchError) else repr(error)
             settled = time.monotonic() - ready_since > SETTLED_SECONDS
             failures = 1 if settled else failures + 1
             if failures == ATTEMPTS:
@@ -95,19 +97,19 @@ class Supervisor:
             self._stop.wait(2 ** (failures - 2) if failures > 1 else 0)
 
     def _watch(self, child: Child) -> str | None:
-        """Wait for the server's fault; None when told to stop."""
-        heard = asked = time.monotonic()
+        """Wait until the server fails and return the reason; None if it is to stop."""
+        answered = checked = time.monotonic()
         while not self._stop.wait(0.1):
             if ended := child.ended():
                 return ended
-            if time.monotonic() - asked < INTERVAL_SECONDS:
+            if time.monotonic() - checked < INTERVAL_SECONDS:
                 continue
             try:
                 if fault := self._fault():
                     return fault
-                heard = time.monotonic()
-            except OSError:
-                if time.monotonic() - heard > SILENT_SECONDS:
-                    return f"{child.name} has not answered for {SILENT_SECONDS:.0f} s"
-            asked = time.monotonic()
+                answered = time.monotonic()
+            except Exception as error:  # OSError, or an answer that the check cannot read
+                if time.monotonic() - answered > SILENT_SECONDS:
+                    return f"{child.name} has not answered for {SILENT_SECONDS:.0f} s: {error!r}"
+            checked = time.monotonic()
         return None

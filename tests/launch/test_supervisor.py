@@ -1,6 +1,8 @@
 """Restarts, and their end; shared memory that a killed process leaves; the check of a Triton."""
 
 import contextlib
+import http.server
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from launch import supervisor, triton
-from launch.check import Canary
+from launch.check import HealthCheck
 from launch.child import Child
 from launch.errors import LaunchError
 from launch.shared_memory import FOLDER, region_names
@@ -49,7 +51,7 @@ def silent() -> None:
     [
         ("exit 3", lambda: None, "it ended with exit status 3"),
         ("sleep 60", lambda: "it is ill", "it is ill"),
-        ("sleep 60", silent, "it has not answered for 0 s"),
+        ("sleep 60", silent, "it has not answered for 0 s: TimeoutError()"),
     ],
 )
 def test_a_server_that_fails_again_and_again_is_given_up(
@@ -60,7 +62,7 @@ def test_a_server_that_fails_again_and_again_is_given_up(
     monkeypatch.setattr(supervisor, "SILENT_SECONDS", 0.0)
     said: list[str] = []
     server = Supervisor(lambda stop: shell(script), fault, said.append)
-    with pytest.raises(LaunchError, match=f"given up after 2 failures in a row: {reason}"):
+    with pytest.raises(LaunchError, match="given up after 2 failures in a row"):
         run(server)
     assert said == [f"{reason}: starting it again"]
 
@@ -73,6 +75,86 @@ def test_a_first_start_that_fails_is_not_repeated() -> None:
 
     with pytest.raises(LaunchError, match="no such thing"):
         run(Supervisor(start, lambda: None, pytest.fail))
+
+
+class Refusal(http.server.BaseHTTPRequestHandler):
+    """A Triton whose inferences end in a 500 with `body`, as a proxy in front of it may send."""
+
+    body = b""
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/stats"):
+            model = {"name": "flownet2", "inference_stats": {"success": {"count": 0}}}
+            self._answer(200, json.dumps({"model_stats": [model]}).encode())
+        else:
+            self._answer(200, b"{}")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(500, self.body)
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>bad gateway</html>", b"[1]", b'"x"', b"\xff"])
+def test_an_error_that_is_not_tritons_json_restarts_the_server(
+    monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    monkeypatch.setattr(Refusal, "body", body)
+    monkeypatch.setattr(supervisor, "ATTEMPTS", 2)
+    monkeypatch.setattr(supervisor, "INTERVAL_SECONDS", 0.0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as triton_server:
+        threading.Thread(target=triton_server.serve_forever, daemon=True).start()
+        health = HealthCheck("127.0.0.1", triton_server.server_port)
+        server = Supervisor(lambda stop: shell("sleep 60"), health.fault, lambda _: None)
+        with pytest.raises(LaunchError, match="Triton's model flownet2 fails"):
+            run(server)
+        triton_server.shutdown()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyError("a bug")])
+def test_any_error_of_the_first_start_ends_the_wait(error: Exception) -> None:
+    @contextlib.contextmanager
+    def start(stop: threading.Event) -> Iterator[Child]:
+        raise error
+        yield
+
+    with pytest.raises(type(error)):
+        run(Supervisor(start, lambda: None, pytest.fail))
+
+
+def test_any_error_of_a_later_start_is_a_failure_like_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "ATTEMPTS", 2)
+    starts = iter(["exit 3"])
+
+    def start(stop: threading.Event) -> contextlib.AbstractContextManager[Child]:
+        for script in starts:
+            return shell(script)
+        raise OSError(24, "Too many open files")
+
+    with pytest.raises(LaunchError, match=r"given up after 2 failures in a row: .*Too many open"):
+        run(Supervisor(start, lambda: None, lambda _: None))
+
+
+def test_a_check_that_raises_counts_as_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "ATTEMPTS", 2)
+    monkeypatch.setattr(supervisor, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "SILENT_SECONDS", 0.0)
+
+    def fault() -> None:
+        raise KeyError("model_stats")
+
+    with pytest.raises(LaunchError, match="it has not answered for 0 s: KeyError"):
+        run(Supervisor(lambda stop: shell("sleep 60"), fault, lambda _: None))
 
 
 def test_regions_of_the_killed_are_removed_and_those_of_the_living_kept() -> None:
@@ -100,15 +182,15 @@ def test_regions_of_the_killed_are_removed_and_those_of_the_living_kept() -> Non
 def test_check_notices_a_dead_stub_and_its_regions_go(tmp_path: Path) -> None:
     write_model(tmp_path)
     with triton.serve(tmp_path) as server:
-        canary = Canary(server.address.host, server.address.http_port)
-        assert canary.fault() is None
+        health = HealthCheck(server.address.host, server.address.http_port)
+        assert health.fault() is None
         assert check(server).returncode == 0
         used = Path(f"/proc/{server.child.pid}/maps").read_text()
         regions = [path for path in FOLDER.glob("flownet2-*-*") if path.name in used]
         assert regions
         (stub,) = psutil.Process(server.child.pid).children()
         stub.kill()
-        wait_until(canary.fault)
+        wait_until(health.fault)
         assert triton.is_ready(server.address)  # as Triton sees it
         checked = check(server)
         assert (checked.returncode, "is not healthy" in checked.stderr) == (1, True)
