@@ -19,7 +19,8 @@ import typer
 from flownet2 import service
 from flownet2.client import AsyncClient, Client, Direction, FlowError
 from flownet2.contract import MINIMUM_SIDE
-from flownet2.formats import FORMATS, FormatError, known, named_format, read_flow, write_flow
+from flownet2.errors import Error
+from flownet2.formats import FORMATS, known, named_format, read_flow, write_flow
 from flownet2.manifest import ManifestError
 from flownet2.service import NoServer
 from flownet2.sources import Selection, SourceError, find
@@ -60,7 +61,7 @@ def main() -> NoReturn:
         app(standalone_mode=True)
     except KeyboardInterrupt:
         fail("stopped", 130)
-    except (FlowError, NoServer, SourceError, ManifestError, FormatError, ValueError) as error:
+    except (Error, FlowError, NoServer, SourceError, ManifestError, ValueError) as error:
         fail(str(error))
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -123,7 +124,9 @@ def run(
     ],
     format: Annotated[
         str,
-        typer.Option(help="One or several, with commas: flo npy npz pfm kitti png jpg hdf5 mp4."),
+        typer.Option(
+            help="One or several, with commas: flo npy npz pfm kitti png jpg hdf5 flo5 mp4."
+        ),
     ] = "flo",
     step: Annotated[int, typer.Option(min=1, help="Distance of the two frames of a pair.")] = 1,
     start: Annotated[int, typer.Option(min=0, help="The first frame to use.")] = 0,
@@ -219,11 +222,13 @@ def _formats(text: str) -> tuple[str, ...]:
         raise typer.BadParameter(f"--format: {unknown[0]!r} is none of {', '.join(NAMES)}")
     if {"png", "kitti"} <= set(formats):
         raise typer.BadParameter("--format: png and kitti have one suffix; choose one of them")
-    if "hdf5" in formats:
+    if {"hdf5", "flo5"} & set(formats):
         try:
             import h5py  # noqa: F401, PLC0415
         except ImportError:
-            raise typer.BadParameter("--format: hdf5 needs `pip install h5py`") from None
+            raise typer.BadParameter(
+                "--format: hdf5 and flo5 need h5py: pip install 'flownet2-triton[hdf5]'"
+            ) from None
     return formats
 
 

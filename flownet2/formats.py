@@ -1,22 +1,30 @@
-"""Flow as files and as bytes: .flo, .npy, .npz, KITTI's PNG, PFM, and pictures in colours.
+"""File formats of flow: .flo, .flo5, .npy, .npz, .pfm, HDF5 and KITTI's PNG.
 
-A flow is float32 `[height, width, 2]`: u to the right and v down, in pixels. Where a file says that
-the flow is unknown, both are NaN, and NaN is written as the format's mark of unknown flow.
+A flow is float32 `[height, width, 2]`: u to the right and v down, in pixels. Where a file marks the
+flow as unknown, or holds infinite numbers, both components are NaN; NaN is written as the format's
+mark of unknown flow.
+
+Readers check a file's size against its header before they allocate memory.
 """
 
 import io
+import math
 import os
+import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flownet2 import storage
+from flownet2 import png, storage
+from flownet2.colours import colours
+from flownet2.errors import Error
 
 Flow = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -29,76 +37,164 @@ FLO_UNKNOWN = 1e9
 KITTI_SCALE = 64.0
 KITTI_ZERO = 2.0**15
 
-# Steps of the colour circle of Baker et al., "A Database and Evaluation Methodology for Optical
-# Flow" (IJCV 2011): from each of the six pure colours to the next.
-_CIRCLE = (
-    ((255, 0, 0), 15),
-    ((255, 255, 0), 6),
-    ((0, 255, 0), 4),
-    ((0, 255, 255), 11),
-    ((0, 0, 255), 13),
-    ((255, 0, 255), 6),
+_DEFLATE_RATIO = 1032
+"""Largest ratio of compression of deflate, which .npz, HDF5 and PNG use."""
+
+_PFM_HEADER = re.compile(
+    rb"PF\s+(\d{1,9})(\s)(\d{1,9})\s+([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\r\n|\s)"
 )
 
 
-class FormatError(ValueError):
-    """A file or a name that cannot be taken as a flow; the message says why."""
+class FormatError(Error):
+    """Raised for a file or a name that is not a flow's; the message says why."""
 
 
 def known(flow: Flow) -> Mask:
-    """Where the flow is known, bool [height, width]."""
+    """Return where the flow is known, bool `[height, width]`."""
     finite: Mask = np.isfinite(flow).all(axis=2)
     return finite
 
 
 def to_npy(flow: Flow) -> bytes:
-    """A NumPy .npy file, version 1.0."""
+    """Return a NumPy .npy file, version 1.0."""
     file = io.BytesIO()
     np.save(file, flow, allow_pickle=False)
     return file.getvalue()
 
 
 def from_npy(content: bytes) -> Flow:
-    """The flow of an .npy file; FormatError where it is something else."""
-    try:
-        return _as_flow(np.load(io.BytesIO(content), allow_pickle=False))
-    except (ValueError, EOFError, OSError) as error:
-        raise FormatError(f"it is not a .npy file of a flow: {error}") from error
+    """Return the flow of an .npy file of floating-point numbers `[height, width, 2]`.
+
+    Raises:
+        FormatError: the file is damaged, or holds something else.
+    """
+    return _as_flow(_array(content))
 
 
 def to_npz(flow: Flow, **more: npt.NDArray[np.generic]) -> bytes:
-    """A NumPy .npz file of `flow` and of what else is given by name."""
+    """Return a NumPy .npz file of the array `flow` and of more arrays by name."""
     file = io.BytesIO()
     np.savez(file, flow=flow, **more)
     return file.getvalue()
 
 
 def from_npz(content: bytes) -> Flow:
-    """The array `flow` of an .npz file; FormatError where there is none."""
+    """Return the array `flow` of an .npz file, or its arrays `u` and `v`, as VIPER has them.
+
+    Raises:
+        FormatError: the file is damaged, or has none of these arrays.
+    """
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return _as_flow(arrays["flow"])
-    except (ValueError, EOFError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise FormatError(f"it is not a .npz file with an array 'flow': {error}") from error
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            names = ["flow.npy"] if "flow.npy" in members else ["u.npy", "v.npy"]
+            if not members.keys() >= set(names):
+                raise FormatError("it has neither an array 'flow' nor arrays 'u' and 'v'")
+            if sum(members[name].file_size for name in names) > _DEFLATE_RATIO * len(content):
+                raise FormatError("it is damaged: it claims to hold more than it can")
+            arrays = [_array(archive.read(name)) for name in names]
+    # zipfile raises NotImplementedError and RuntimeError for compressions and encryption.
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FormatError(f"it is not an .npz file, or it is damaged: {error}") from error
+    if len(arrays) == 1:
+        return _as_flow(arrays[0])
+    if arrays[0].shape != arrays[1].shape:
+        raise FormatError("its arrays 'u' and 'v' differ in shape")
+    return _as_flow(np.stack(arrays, axis=-1))
+
+
+def _array(content: bytes) -> npt.NDArray[np.generic]:
+    """Return the array of an .npy file; its size must be what its header says."""
+    file = io.BytesIO(content)
+    npy: Any = np.lib.format
+    try:
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        shape, fortran, dtype = read[npy.read_magic(file)](file)
+    # The header is a Python literal: whatever its parser raises on damaged ones.
+    except Exception as error:
+        raise FormatError(f"it is not an .npy file, or it is damaged: {error}") from error
+    if dtype.kind != "f":
+        raise FormatError(f"it holds {dtype} {list(shape)}, not floating-point numbers")
+    size = math.prod(shape)
+    if len(content) - file.tell() != size * dtype.itemsize:
+        raise FormatError(f"it is cut short: it does not hold {list(shape)} numbers")
+    array = np.frombuffer(content, dtype, size, file.tell())
+    return array.reshape(shape, order="F" if fortran else "C")
 
 
 def _as_flow(array: npt.NDArray[np.generic]) -> Flow:
-    if array.ndim != 3 or array.shape[2] != 2 or array.dtype.kind != "f":
+    """Convert an array to a flow that can be written to; unknown vectors become NaN."""
+    if array.ndim != 3 or array.shape[2] != 2 or array.dtype.kind != "f" or array.size == 0:
         raise FormatError(f"it holds {array.dtype} {list(array.shape)}, not [height, width, 2]")
-    return array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        flow = array.astype(np.float32)
+    flow[~known(flow)] = np.nan
+    return flow
+
+
+def to_hdf5(flow: Flow) -> bytes:
+    """Return an HDF5 file with the data set `flow`."""
+    return _hdf5(flow)
+
+
+def to_flo5(flow: Flow) -> bytes:
+    """Return Spring's .flo5: HDF5 with the data set `flow`, compressed."""
+    return _hdf5(flow, compression="gzip", compression_opts=5)
+
+
+def _hdf5(flow: Flow, **options: Any) -> bytes:
+    file = io.BytesIO()
+    with _h5py().File(file, "w") as content:
+        content.create_dataset("flow", data=flow, **options)
+    return file.getvalue()
+
+
+def from_hdf5(content: bytes) -> Flow:
+    """Return the data set `flow` of an HDF5 file, such as Spring's .flo5.
+
+    Raises:
+        FormatError: the file is damaged, or has no such data set, or h5py is not installed.
+    """
+    h5py = _h5py()
+    try:
+        with h5py.File(io.BytesIO(content), "r") as file:
+            linked = isinstance(file.get("flow", getlink=True), h5py.HardLink)
+            data = file["flow"] if linked else None  # other links may lead to other files
+            if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
+                raise FormatError("it has no data set 'flow'")
+            if data.nbytes > _DEFLATE_RATIO * data.id.get_storage_size():
+                raise FormatError("it is damaged: its data set is larger than its content")
+            array = data[()]
+    except FormatError:
+        raise
+    except Exception as error:  # h5py raises OSError, ValueError, KeyError, RuntimeError, …
+        raise FormatError(f"it is not an HDF5 file, or it is damaged: {error}") from error
+    return _as_flow(np.asarray(array))
+
+
+def _h5py() -> Any:
+    try:
+        import h5py  # noqa: PLC0415  an extra
+    except ImportError as error:
+        raise FormatError("HDF5 needs h5py: pip install 'flownet2-triton[hdf5]'") from error
+    return h5py
 
 
 def to_flo(flow: Flow) -> bytes:
-    """A Middlebury .flo file: tag, width and height, then u and v in turns, little endian."""
+    """Return a Middlebury .flo file: tag, width, height, then u and v of each pixel."""
     height, width, _ = flow.shape
-    unknown = np.isnan(flow)
+    unknown = ~known(flow)
     if unknown.any():
-        flow = np.where(unknown, np.float32(10 * FLO_UNKNOWN), flow)
+        flow = np.where(unknown[..., None], np.float32(10 * FLO_UNKNOWN), flow)
     return struct.pack("<fii", FLO_TAG, width, height) + flow.astype("<f4", copy=False).tobytes()
 
 
 def from_flo(content: bytes) -> Flow:
-    """The flow of a Middlebury .flo file; FormatError where it is none, or is cut short."""
+    """Return the flow of a Middlebury .flo file.
+
+    Raises:
+        FormatError: the file is another, or cut short.
+    """
     if len(content) < 12 or struct.unpack("<f", content[:4])[0] != FLO_TAG:
         raise FormatError("it is not a Middlebury .flo file")
     width, height = struct.unpack("<ii", content[4:12])
@@ -110,62 +206,41 @@ def from_flo(content: bytes) -> Flow:
 
 
 def to_kitti(flow: Flow) -> bytes:
-    """A KITTI flow PNG: 16-bit RGB of u * 64 + 2^15, v * 64 + 2^15 and 1 where that is in range.
+    """Return a KITTI flow PNG: 16-bit RGB of u * 64 + 2^15, v * 64 + 2^15, and 1 if known.
 
-    The format holds flows within +-512 pixels in steps of 1/64; others are marked as invalid
-    (all zero), as the KITTI 2015 development kit reads them.
+    Raises:
+        FormatError: a vector is beyond the format's range of 512 pixels.
     """
+    valid = known(flow)
     coded = np.rint(flow * np.float32(KITTI_SCALE) + np.float32(KITTI_ZERO))
-    valid = ((coded >= 0) & (coded <= np.iinfo(np.uint16).max)).all(axis=2, keepdims=True)
-    return _png(np.concatenate([np.where(valid, coded, 0), valid], axis=2).astype(np.uint16))
+    beyond = valid & ~((coded >= 0) & (coded <= np.iinfo(np.uint16).max)).all(axis=2)
+    if beyond.any():
+        raise FormatError(
+            f"{beyond.sum()} of {beyond.size} vectors ({beyond.mean():.2%}) are beyond the 512 "
+            "pixels that KITTI's PNG holds: choose another format, such as .flo"
+        )
+    coded[~valid] = 0
+    coded = np.concatenate([coded, valid[..., None]], axis=2).astype(np.uint16)
+    return png.encode(coded)
 
 
 def from_kitti(content: bytes) -> Flow:
-    """The flow of a KITTI flow PNG; FormatError for anything but a PNG of 16-bit RGB."""
-    # Pillow reads 16-bit RGB as 8 bits; FFmpeg's decoder does not.
-    import av  # noqa: PLC0415  slow to import, and only needed here
-    import av.error  # noqa: PLC0415
+    """Return the flow of a KITTI flow PNG.
 
+    Raises:
+        FormatError: the file is damaged or not a PNG of 16-bit RGB, or PyAV is not installed.
+    """
     try:
-        with av.open(io.BytesIO(content), mode="r", format="png_pipe") as file:
-            picture = next(file.decode(video=0))
-    except (av.error.FFmpegError, StopIteration, IndexError) as error:
-        raise FormatError("it is not a PNG file") from error
-    if picture.format.name != "rgb48be":
-        raise FormatError("it is not a KITTI flow PNG, which has three channels of 16 bits")
-    coded = picture.to_ndarray().astype(np.float32)
+        coded = png.decode_16_bit_rgb(content).astype(np.float32)
+    except png.PngError as error:
+        raise FormatError(str(error)) from error
     flow = (coded[..., :2] - np.float32(KITTI_ZERO)) / np.float32(KITTI_SCALE)
     flow[coded[..., 2] == 0] = np.nan
     return flow
 
 
-def _png(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
-    """An RGB PNG of 8 or 16 bits a channel; every row filtered by its left neighbour.
-
-    Pillow writes none of 16 bits, and takes three times as long to choose filters for those of 8.
-    """
-    height, width, channels = pixels.shape
-    rows = pixels.astype(pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(height, -1)
-    step = channels * pixels.itemsize
-    filtered = np.ones((height, 1 + rows.shape[1]), np.uint8)  # filter type 1, "Sub"
-    filtered[:, 1 : 1 + step] = rows[:, :step]
-    filtered[:, 1 + step :] = rows[:, step:] - rows[:, :-step]
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(filtered.tobytes(), 1))
-        + chunk(b"IEND", b"")
-    )
-
-
 def to_pfm(flow: Flow) -> bytes:
-    """A PFM file as FlyingThings3D has them: three channels u, v, 0; the lowest row first."""
+    """Return a PFM file as FlyingThings3D has them: channels u, v, 0; the lowest row first."""
     height, width, _ = flow.shape
     channels = np.zeros((height, width, 3), "<f4")
     channels[..., :2] = flow[::-1]
@@ -173,89 +248,35 @@ def to_pfm(flow: Flow) -> bytes:
 
 
 def from_pfm(content: bytes) -> Flow:
-    """The flow of a PFM file with three channels; FormatError where it is none."""
-    lines = content.split(b"\n", 3)
-    try:
-        width, height = (int(number) for number in lines[1].split())
-        scale = float(lines[2])
-    except (IndexError, ValueError):
-        width = height = 0
-        scale = 0.0
-    if lines[0].strip() != b"PF" or min(width, height) < 1 or scale == 0:
+    """Return the flow of a PFM file with three channels.
+
+    The lowest row comes first, except in files of Adobe Photoshop, which has the highest first and
+    is recognised by its width and height on lines of their own.
+
+    Raises:
+        FormatError: the file is another, or cut short.
+    """
+    header = _PFM_HEADER.match(content)
+    scale = float(header[4]) if header else 0.0
+    if not header or scale == 0 or not math.isfinite(scale):
         raise FormatError("it is not a PFM file of three channels")
-    if len(lines[3]) != 12 * width * height:
+    width, height = int(header[1]), int(header[3])
+    size = 12 * width * height
+    if size == 0 or len(content) - header.end() != size:
         raise FormatError(f"it is cut short: {width}x{height} vectors do not fill it")
-    channels = np.frombuffer(lines[3], "<f4" if scale < 0 else ">f4").reshape(height, width, 3)
-    return channels[::-1, :, :2].astype(np.float32)
+    channels = np.frombuffer(content, "<f4" if scale < 0 else ">f4", offset=header.end())
+    flow = channels.reshape(height, width, 3)[..., :2]
+    return _as_flow(flow if header[2] == b"\n" else flow[::-1])
 
 
 def to_picture(flow: Flow, maximum: float | None = None) -> bytes:
-    """A PNG of the flow in Middlebury's colours (`colours`)."""
-    return _png(colours(flow, maximum))
-
-
-def colours(flow: Flow, maximum: float | None = None) -> npt.NDArray[np.uint8]:
-    """The flow in Middlebury's colours, uint8 RGB [height, width, 3].
-
-    The hue is the direction; no motion is white, `maximum` pixels (the flow's longest vector when
-    None) the full colour, and anything longer darker. Unknown flow is black.
-    """
-    if maximum is None:
-        lengths = np.hypot(flow[..., 0], flow[..., 1])
-        maximum = float(np.max(lengths, where=np.isfinite(lengths), initial=0))
-    longest = np.float32(max(maximum, 1e-30))
-    circle = _circle()
-    picture = np.empty((*flow.shape[:2], 3), np.uint8)
-    rows = max(1, _STRIP_PIXELS // flow.shape[1])
-    for top in range(0, len(flow), rows):
-        _paint(flow[top : top + rows], longest, circle, picture[top : top + rows])
-    return picture
-
-
-_STRIP_PIXELS = 2**15
-"""Pixels painted at one time: what is kept for them fits into a core's cache."""
-
-
-def _paint(
-    flow: Flow,
-    longest: np.float32,
-    circle: npt.NDArray[np.float32],
-    picture: npt.NDArray[np.uint8],
-) -> None:
-    """Write the colours of a flow into a picture of its size."""
-    u, v = flow[..., 0], flow[..., 1]
-    radius = np.hypot(u, v) / longest
-    unknown = ~np.isfinite(radius)
-    if unknown.any():
-        u, v, radius = (np.where(unknown, np.float32(0), one) for one in (u, v, radius))
-    turn = np.arctan2(-v, -u) / np.float32(np.pi)  # -1 to 1
-    place = (turn + 1) / 2 * (len(circle) - 1)
-    low = place.astype(np.intp)
-    share = place - low.astype(np.float32)
-    for channel in range(3):  # one by one: NumPy is slow along an axis of three
-        start, end = circle[:, channel], np.roll(circle[:, channel], -1)
-        colour = (1 - share) * start.take(low) + share * end.take(low)
-        shade = np.where(radius <= 1, 1 - radius * (1 - colour), colour * np.float32(0.75))
-        picture[..., channel] = shade * 255
-    picture[unknown] = 0
-
-
-def _circle() -> npt.NDArray[np.float32]:
-    """The 55 colours of the circle, from 0 to 1, [55, 3]."""
-    starts = [np.array(colour, np.float32) for colour, _ in _CIRCLE]
-    parts = [
-        start + np.trunc((end - start) * np.arange(count, dtype=np.float32)[:, None] / count)
-        for (start, end), (_, count) in zip(
-            zip(starts, starts[1:] + starts[:1], strict=True), _CIRCLE, strict=True
-        )
-    ]
-    circle: npt.NDArray[np.float32] = np.concatenate(parts) / np.float32(255)
-    return circle
+    """Return a PNG of the flow in Middlebury's colours (`flownet2.colours`)."""
+    return png.encode(colours(flow, maximum))
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a flow is kept in a file; `decode` is None where the flow cannot be had back."""
+    """A file format of flow; `decode` is None for pictures, which do not hold the flow."""
 
     suffix: str
     encode: Callable[[Flow], bytes]
@@ -269,40 +290,57 @@ FORMATS = {
     "pfm": Format(".pfm", to_pfm, from_pfm),
     "kitti": Format(".png", to_kitti, from_kitti),
     "png": Format(".png", to_picture, None),
+    "hdf5": Format(".h5", to_hdf5, from_hdf5),
+    "flo5": Format(".flo5", to_flo5, from_hdf5),
 }
+READABLE = {format.suffix: format.decode for format in FORMATS.values() if format.decode}
+"""Readers by suffix."""
 
 
 def read_flow(path: str | os.PathLike[str]) -> Flow:
-    """The flow in a file, by its suffix: .flo, .npy, .npz, .pfm, or .png as KITTI has them.
+    """Read a flow from a file: .flo, .flo5, .h5, .npy, .npz, .pfm, or .png as KITTI has them.
+
+    Returns:
+        float32 `[height, width, 2]`, u to the right and v down, in pixels; NaN where the file
+        marks the flow as unknown.
 
     Raises:
-        FormatError: the suffix is another, or the file is not what it says.
+        FormatError: the suffix is another, or the file is damaged or not what its suffix says.
         OSError: the file cannot be read.
     """
     path = Path(path)
-    for format in FORMATS.values():
-        if format.suffix == path.suffix.lower() and format.decode is not None:
-            try:
-                return format.decode(path.read_bytes())
-            except FormatError as error:
-                raise FormatError(f"{path} cannot be read as a flow: {error}") from error
-    raise FormatError(f"{path} has none of a flow's suffixes: {_suffixes(readable=True)}")
+    decode = READABLE.get(path.suffix.lower())
+    if decode is None:
+        raise FormatError(f"{path} has none of the suffixes of flow files: {', '.join(READABLE)}")
+    try:
+        return decode(path.read_bytes())
+    except FormatError as error:
+        raise FormatError(f"{path} cannot be read as a flow: {error}") from error
 
 
 def write_flow(path: str | os.PathLike[str], flow: Flow, format: str | None = None) -> None:
-    """Write a flow, whole or not at all, as the suffix says; .png is a picture, unless `format` is
-    "kitti".
+    """Write a flow to a file, atomically.
+
+    Args:
+        path: the file; its suffix decides the format. `.png` is a picture in colours.
+        flow: floating-point numbers `[height, width, 2]`; NaN for unknown flow.
+        format: a name in `FORMATS`, such as "kitti", if the suffix should not decide.
 
     Raises:
-        FormatError: the suffix, or `format`, is not one of `FORMATS`.
+        FormatError: the suffix or `format` is unknown, `flow` has another shape, or the format
+            cannot hold it.
         OSError: the file cannot be written.
     """
     encode = named_format(Path(path).suffix, format).encode
-    storage.write(os.fspath(path), encode(flow))
+    try:
+        content = encode(_as_flow(np.asarray(flow)))
+    except FormatError as error:
+        raise FormatError(f"{path} cannot be written: {error}") from error
+    storage.write(os.fspath(path), content)
 
 
 def named_format(suffix: str, name: str | None = None) -> Format:
-    """The format of that name, or else that suffix; FormatError where there is none."""
+    """Return the format of that name, or else of that suffix; raise FormatError if unknown."""
     if name is not None:
         if name not in FORMATS:
             raise FormatError(f"{name} is none of the formats {', '.join(FORMATS)}")
@@ -312,10 +350,5 @@ def named_format(suffix: str, name: str | None = None) -> Format:
     for format in FORMATS.values():
         if format.suffix == suffix.lower():
             return format
-    raise FormatError(f"'{suffix}' is none of a flow's suffixes: {_suffixes(readable=False)}")
-
-
-def _suffixes(readable: bool) -> str:
-    return ", ".join(
-        dict.fromkeys(one.suffix for one in FORMATS.values() if one.decode or not readable)
-    )
+    suffixes = ", ".join(dict.fromkeys(format.suffix for format in FORMATS.values()))
+    raise FormatError(f"'{suffix}' is none of the suffixes of flow files: {suffixes}")

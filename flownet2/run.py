@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 from flownet2 import storage, writers
 from flownet2.client import AsyncClient, FlowError
+from flownet2.formats import FormatError
 from flownet2.manifest import Index, Row, agree, checksum, forget
 from flownet2.models import Model
 from flownet2.sources import Pair, Selection, Source, SourceError
@@ -264,11 +265,11 @@ class _Runner:
         else:
             try:
                 files = await task
-            except FlowError as error:
-                if error.unavailable:
+            except (FlowError, FormatError) as error:
+                if isinstance(error, FlowError) and error.unavailable:
                     raise
                 names = f"{step.pair.first.name} and {step.pair.second.name}"
-                await self._note(step.target, names, error.detail)
+                await self._note(step.target, names, str(error))
                 return
             await asyncio.to_thread(self._write, step.target, step.pair, files)
             self.totals.computed += 1

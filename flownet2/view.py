@@ -5,7 +5,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from flownet2.formats import Flow, colours, known
+from flownet2.colours import colours
+from flownet2.formats import Flow, known
 from flownet2.images import Pixels
 from flownet2.measures import warp
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from flownet2 import video
 from flownet2.client import Direction, Result
-from flownet2.formats import FORMATS, Flow, Mask, colours, known, to_picture
+from flownet2.colours import colours
+from flownet2.formats import FORMATS, Flow, Mask, known, to_picture
 from flownet2.images import Frame, Pixels
 
 VIDEO = "flow.mp4"
@@ -24,7 +25,7 @@ STRETCH = 8
 
 # Ends of the names of a pair's files, by format; a video is of all pairs.
 _ENDS: dict[str, tuple[str, ...]] = {name: (format.suffix,) for name, format in FORMATS.items()}
-_ENDS |= {"jpg": ("_x.jpg", "_y.jpg"), "hdf5": (".h5",), "mp4": ()}
+_ENDS |= {"jpg": ("_x.jpg", "_y.jpg"), "mp4": ()}
 _SIDES = {"forward": ("",), "backward": ("_backward",), "both": ("", "_backward")}
 NAMES = tuple(_ENDS)
 
@@ -84,8 +85,6 @@ class Options:
             return []
         if format == "jpg":
             return grey_jpgs(flow, self.bound)
-        if format == "hdf5":
-            return [hdf5(flow)]
         if format == "png":
             return [to_picture(flow, self.max_flow)]
         return [FORMATS[format].encode(flow)]
@@ -101,16 +100,6 @@ def mask_png(mask: Mask) -> bytes:
     """A 1-bit PNG, white where the mask is true."""
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "PNG")
-    return file.getvalue()
-
-
-def hdf5(flow: Flow) -> bytes:
-    """An HDF5 file with the data set `flow`."""
-    import h5py  # noqa: PLC0415  an extra
-
-    file = io.BytesIO()
-    with h5py.File(file, "w") as content:
-        content["flow"] = flow
     return file.getvalue()
 
 

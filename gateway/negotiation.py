@@ -11,7 +11,16 @@ import zstandard
 from isal import isal_zlib
 from PIL import Image
 
-from flownet2.formats import Flow, Mask, to_flo, to_kitti, to_npy, to_npz, to_picture
+from flownet2.formats import (
+    Flow,
+    FormatError,
+    Mask,
+    to_flo,
+    to_kitti,
+    to_npy,
+    to_npz,
+    to_picture,
+)
 from gateway.errors import NotAcceptable
 
 JSON = "application/json"
@@ -63,6 +72,14 @@ def to_json(estimate: Estimate) -> bytes:
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def _kitti(estimate: Estimate) -> bytes:
+    """Encode as KITTI's PNG; raise NotAcceptable if a vector is too long for it."""
+    try:
+        return to_kitti(estimate.flow)
+    except FormatError as error:
+        raise NotAcceptable(f"{str(error)[0].upper()}{str(error)[1:]}.", field="Accept") from error
+
+
 # In order of preference, where a client accepts several equally.
 FORMATS = {
     format.media_type: format
@@ -86,7 +103,7 @@ FORMATS = {
             both_directions=True,
         ),
         Format("application/x-flo", "Middlebury .flo", lambda estimate: to_flo(estimate.flow)),
-        Format("image/x-kitti-flow", "KITTI 16-bit PNG", lambda estimate: to_kitti(estimate.flow)),
+        Format("image/x-kitti-flow", "KITTI 16-bit PNG", _kitti),
         Format(
             "image/png",
             "picture in Middlebury's colours",

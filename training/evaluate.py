@@ -23,8 +23,9 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
+from flownet2.colours import colours
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS
-from flownet2.formats import Flow, Mask, colours
+from flownet2.formats import Flow, Mask
 from flownet2.measures import end_point_error
 from training.pairs import Pair, read_pairs
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flownet2 import read_flow, service, write_flow
-from flownet2.formats import colours
+from flownet2.colours import colours
 from flownet2.measures import warp
 from launch import triton
 from tests.support.command import fail, flownet2, succeed

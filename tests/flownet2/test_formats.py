@@ -3,15 +3,19 @@
 import colorsys
 import io
 import struct
+import tracemalloc
+import zipfile
 import zlib
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
 from flownet2 import FormatError, formats, read_flow, write_flow
+from flownet2.colours import colours
 
 
 @pytest.fixture
@@ -61,8 +65,9 @@ def read_png16(data: bytes) -> np.ndarray:
 
 
 def test_kitti_reads_back_to_a_64th(flow: np.ndarray) -> None:
-    flow[3, 4] = (600, 0)  # beyond what the format holds
+    flow[3, 4] = np.nan
     flow[0, 0] = (0, -512)  # its least value
+    flow[0, 1] = (511.98, 0)
     data = formats.to_kitti(flow)
     pixels = read_png16(data)
     valid = pixels[..., 2] == 1
@@ -74,6 +79,13 @@ def test_kitti_reads_back_to_a_64th(flow: np.ndarray) -> None:
     with Image.open(io.BytesIO(data)) as image:  # another reader takes the file too
         image.load()
         assert image.size == (11, 7)
+
+
+def test_kitti_refuses_vectors_that_it_cannot_hold(tmp_path: Path, flow: np.ndarray) -> None:
+    flow[3, 4:6] = (600, 0)
+    with pytest.raises(FormatError, match=r"2 of 77 vectors \(2\.60%\).*512"):
+        write_flow(tmp_path / "a.png", flow, "kitti")
+    assert not (tmp_path / "a.png").exists()
 
 
 def middlebury_colour(u: float, v: float, longest: float) -> list[int]:
@@ -109,7 +121,7 @@ def middlebury_colour(u: float, v: float, longest: float) -> list[int]:
 
 @pytest.mark.parametrize("maximum", [None, 30.0])
 def test_colours_are_middleburys(flow: np.ndarray, maximum: float | None) -> None:
-    picture = formats.colours(flow, maximum).astype(int)
+    picture = colours(flow, maximum).astype(int)
     longest = maximum or float(np.hypot(flow[..., 0], flow[..., 1]).max())
     for y, x in np.ndindex(flow.shape[:2]):
         expected = middlebury_colour(*map(float, flow[y, x]), longest)
@@ -117,17 +129,17 @@ def test_colours_are_middleburys(flow: np.ndarray, maximum: float | None) -> Non
 
 
 def test_no_motion_is_white_and_a_turn_goes_round_the_hues() -> None:
-    assert (formats.colours(np.zeros((2, 2, 2), np.float32)) == 255).all()
+    assert (colours(np.zeros((2, 2, 2), np.float32)) == 255).all()
     angles = np.linspace(0.2, 6.0, 40)
     ring = np.stack([np.cos(angles), np.sin(angles)], -1)[None].astype(np.float32)
-    hues = [colorsys.rgb_to_hsv(*pixel)[0] for pixel in formats.colours(ring)[0] / 255]
+    hues = [colorsys.rgb_to_hsv(*pixel)[0] for pixel in colours(ring)[0] / 255]
     assert (np.diff(hues) >= 0).all()
 
 
 def test_picture_is_a_png_of_the_colours(flow: np.ndarray) -> None:
     with Image.open(io.BytesIO(formats.to_picture(flow))) as image:
         assert image.format == "PNG"
-        np.testing.assert_array_equal(np.asarray(image), formats.colours(flow))
+        np.testing.assert_array_equal(np.asarray(image), colours(flow))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,8 @@ def test_picture_is_a_png_of_the_colours(flow: np.ndarray) -> None:
         ("a.npy", None, 0),
         ("a.npz", None, 0),
         ("a.pfm", None, 0),
+        ("a.h5", None, 0),
+        ("a.flo5", None, 0),
         ("a.png", "kitti", 1 / 128),
     ],
 )
@@ -168,13 +182,17 @@ def test_unknown_flow_of_a_flo_file_is_nan(flow: np.ndarray) -> None:
     assert np.isnan(read).sum() == 2
 
 
+def pfm(flow: np.ndarray, header: bytes, order: str = "<") -> bytes:
+    channels = np.concatenate([flow, np.zeros((*flow.shape[:2], 1))], axis=2)
+    return header + channels.astype(f"{order}f4").tobytes()
+
+
 @pytest.mark.parametrize("order", "<>")
 def test_pfm_has_the_lowest_row_first_in_either_byte_order(
     tmp_path: Path, flow: np.ndarray, order: str
 ) -> None:
-    rows = np.concatenate([flow[::-1], np.zeros((7, 11, 1))], axis=2).astype(f"{order}f4")
     scale = {"<": b"-1.0", ">": b"1"}[order]
-    (tmp_path / "a.pfm").write_bytes(b"PF\n11 7\n" + scale + b"\n" + rows.tobytes())
+    (tmp_path / "a.pfm").write_bytes(pfm(flow[::-1], b"PF\n11 7\n" + scale + b"\n", order))
     np.testing.assert_array_equal(read_flow(tmp_path / "a.pfm"), flow)
     np.testing.assert_array_equal(
         cv2.imdecode(np.frombuffer(formats.to_pfm(flow), np.uint8), cv2.IMREAD_UNCHANGED)[
@@ -184,17 +202,162 @@ def test_pfm_has_the_lowest_row_first_in_either_byte_order(
     )
 
 
-@pytest.mark.parametrize("name", ["flo", "npy", "npz", "pfm", "kitti"])
+def test_photoshops_pfm_has_the_highest_row_first(flow: np.ndarray) -> None:
+    # Width and height stand on lines of their own: darktable, pull request 17716.
+    np.testing.assert_array_equal(formats.from_pfm(pfm(flow, b"PF\n11\n7\n-1.000000\n")), flow)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".flo5"])
+def test_hdf5_has_the_data_set_flow(tmp_path: Path, flow: np.ndarray, suffix: str) -> None:
+    write_flow(tmp_path / f"written{suffix}", flow)
+    with h5py.File(tmp_path / f"written{suffix}") as file:
+        np.testing.assert_array_equal(file["flow"][()], flow)
+    with h5py.File(tmp_path / f"read{suffix}", "w") as file:
+        file.create_dataset("flow", data=flow.astype(">f8"), compression="gzip", chunks=(3, 4, 2))
+    np.testing.assert_array_equal(read_flow(tmp_path / f"read{suffix}"), flow)
+
+
+def test_hdf5_does_not_lead_to_other_files(tmp_path: Path, flow: np.ndarray) -> None:
+    write_flow(tmp_path / "other.h5", flow)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["flow"] = h5py.ExternalLink("other.h5", "flow")
+    with pytest.raises(FormatError, match="no data set"):
+        read_flow(tmp_path / "a.h5")
+
+
+def test_vipers_npz_has_the_components_by_name(tmp_path: Path, flow: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", u=flow[..., 0].astype(np.float16), v=flow[..., 1])
+    read = read_flow(tmp_path / "a.npz")
+    np.testing.assert_array_equal(read[..., 0], flow[..., 0].astype(np.float16))
+    np.testing.assert_array_equal(read[..., 1], flow[..., 1])
+
+
+def test_vectors_that_are_not_finite_are_unknown(tmp_path: Path, flow: np.ndarray) -> None:
+    written = flow.astype(np.float64)
+    written[1, 1, 0], written[2, 2, 1], written[3, 3] = np.inf, np.nan, 1e300
+    np.save(tmp_path / "a.npy", written)
+    read = read_flow(tmp_path / "a.npy")
+    for position in ((1, 1), (2, 2), (3, 3)):
+        assert np.isnan(read[position]).all()
+        flow[position] = np.nan
+    np.testing.assert_array_equal(read, flow)
+
+
+READABLE = ["flo", "flo5", "npy", "npz", "pfm", "kitti", "hdf5"]
+
+
+@pytest.mark.parametrize("name", READABLE)
 def test_files_that_are_cut_off_or_of_another_kind_are_refused(
     tmp_path: Path, flow: np.ndarray, name: str
 ) -> None:
     format = formats.FORMATS[name]
     path = tmp_path / f"a{format.suffix}"
     content = format.encode(flow)
-    for wrong in (b"", content[: len(content) // 2], b"PF\n1 1\n", formats.to_picture(flow)):
-        path.write_bytes(wrong)
+    others = [formats.FORMATS[other].encode(flow) for other in READABLE]
+    wrong = [b"", b"PF\n1 1\n", b"PF.48 32.-1.0", formats.to_picture(flow)]
+    wrong += [other for other in others if other[:4] != content[:4]]
+    wrong += [content[:end] for end in range(1, len(content), len(content) // 40)]
+    for data in wrong:
+        path.write_bytes(data)
         with pytest.raises(FormatError, match="a\\."):
             read_flow(path)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_damaged_files_are_refused_or_read_but_nothing_else_happens(
+    flow: np.ndarray, name: str
+) -> None:
+    format = formats.FORMATS[name]
+    content = format.encode(flow)
+    random = np.random.default_rng(7)
+    decode = format.decode
+    assert decode is not None
+    for _ in range(300):
+        damaged = bytearray(content)
+        # Most damage is done to the first bytes, which are the header in most formats.
+        ends = (len(content), 128) if random.random() < 0.5 else (128, 16)
+        for position in random.integers(0, ends, 2):
+            damaged[min(position, len(content) - 1)] = random.integers(256)
+        try:
+            read = decode(bytes(damaged))
+        except FormatError:
+            continue
+        assert read.dtype == np.float32
+        assert read.shape[2] == 2
+
+
+def test_kitti_pngs_with_a_flipped_bit_are_refused(flow: np.ndarray) -> None:
+    content = formats.to_kitti(flow)
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 4
+        with pytest.raises(FormatError):
+            formats.from_kitti(bytes(damaged))
+
+
+def npy_header(shape: str, dtype: str = "<f4") -> bytes:
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
+def zipped(name: str, content: bytes, claimed: int) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+        archive.infolist()[0].file_size = claimed
+    return file.getvalue()
+
+
+def chunked_hdf5(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    with h5py.File(file, "w") as content:
+        content.create_dataset("flow", shape, "f4", chunks=(64, 64, 2))
+    return file.getvalue()
+
+
+HUGE = 2**31 - 1
+LIES = {
+    "flo": b"PIEH" + struct.pack("<ii", HUGE, HUGE) + bytes(64),
+    "pfm": b"PF\n999999999 999999999\n-1.0\n" + bytes(64),
+    "npy": npy_header(f"({HUGE}, {HUGE}, 2)") + bytes(64),
+    "npz": zipped("flow.npy", npy_header(f"({HUGE}, {HUGE}, 2)"), 2**62),
+    "hdf5": chunked_hdf5((HUGE, HUGE, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_sizes_that_a_file_does_not_have_are_refused_before_memory_is_taken(name: str) -> None:
+    decode = formats.FORMATS[name].decode
+    assert decode is not None
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError):
+            decode(LIES[name])
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 7, 11), np.float32),
+        np.zeros((7, 11, 2), np.int16),
+        np.zeros((7, 11, 2), np.complex64),
+        np.zeros((0, 11, 2), np.float32),
+        np.zeros((7, 11), [("u", "f4"), ("v", "f4")]),
+        np.float32(3),
+    ],
+)
+def test_arrays_that_are_no_flow_are_refused(array: np.ndarray) -> None:
+    for save, read in (
+        (np.save, formats.from_npy),
+        (lambda f, a: np.savez(f, flow=a), formats.from_npz),
+    ):
+        file = io.BytesIO()
+        save(file, array)
+        with pytest.raises(FormatError):
+            read(file.getvalue())
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -205,7 +368,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 def test_unknown_flow_is_black(flow: np.ndarray) -> None:
     flow[0, 0] = np.nan
-    picture = formats.colours(flow)
+    picture = colours(flow)
     assert (picture[0, 0] == 0).all()
     flow[0, 0] = 0
-    np.testing.assert_array_equal(picture[1:], formats.colours(flow)[1:])
+    np.testing.assert_array_equal(picture[1:], colours(flow)[1:])

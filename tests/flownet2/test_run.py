@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from flownet2 import read_flow
-from flownet2.formats import colours, from_kitti
+from flownet2.colours import colours
+from flownet2.formats import from_kitti
 from flownet2.manifest import agree
 from flownet2.measures import occluded
 from launch import triton

@@ -15,7 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
-from flownet2.formats import colours
+from flownet2.colours import colours
 from launch.triton import Triton
 from tests.support.gateway_stack import ROOT, Gateway, encoded, picture, run_gateway, wait_until
 from tests.support.stack import Stack

@@ -1,0 +1,100 @@
+"""PNG files of 8 and 16 bits a channel; Pillow neither reads nor writes RGB of 16 bits."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from flownet2.errors import Error
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_RGB = 2
+"""PNG's colour type of RGB without alpha."""
+
+
+class PngError(Error):
+    """Raised for a file that is not the PNG it should be; the message says why."""
+
+
+def encode(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
+    """Return an RGB PNG of uint8 or uint16 pixels `[height, width, 3]`.
+
+    Every row is filtered by its left neighbour, which is three times as fast as Pillow's choice of
+    filters.
+    """
+    height, width, channels = pixels.shape
+    rows = pixels.astype(pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(height, -1)
+    step = channels * pixels.itemsize
+    filtered = np.ones((height, 1 + rows.shape[1]), np.uint8)  # filter type 1, "Sub"
+    filtered[:, 1 : 1 + step] = rows[:, :step]
+    filtered[:, 1 + step :] = rows[:, step:] - rows[:, :-step]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _RGB, 0, 0, 0)
+    return (
+        SIGNATURE
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(filtered.tobytes(), 1))
+        + chunk(b"IEND", b"")
+    )
+
+
+def decode_16_bit_rgb(content: bytes) -> npt.NDArray[np.uint16]:
+    """Return the pixels of a PNG of 16-bit RGB, uint16 `[height, width, 3]`.
+
+    Raises:
+        PngError: the file is damaged, cut off or of another kind, or PyAV is not installed.
+    """
+    _check(content)
+    try:
+        import av  # noqa: PLC0415  slow to import, and an extra
+        import av.error  # noqa: PLC0415
+    except ImportError as error:
+        raise PngError("reading it needs PyAV: pip install 'flownet2-triton[cli]'") from error
+    try:
+        with av.open(io.BytesIO(content), mode="r", format="png_pipe") as file:
+            picture = next(file.decode(video=0))
+    except (av.error.FFmpegError, StopIteration, IndexError) as error:
+        raise PngError("it is not a PNG file") from error
+    return picture.to_ndarray().astype(np.uint16, copy=False)
+
+
+def _check(content: bytes) -> None:
+    """Check header and checksums: FFmpeg returns pictures of damaged files without an error."""
+    if not content.startswith(SIGNATURE):
+        raise PngError("it is not a PNG file")
+    position, data, kind = len(SIGNATURE), bytearray(), b""
+    header = b""
+    while kind != b"IEND":
+        if len(content) < position + 12:
+            raise PngError("it is cut off")
+        size, kind = struct.unpack_from(">I4s", content, position)
+        body = content[position + 8 : position + 8 + size]
+        checksum = content[position + 8 + size : position + 12 + size]
+        if len(checksum) < 4:
+            raise PngError("it is cut off")
+        if checksum != struct.pack(">I", zlib.crc32(kind + body)):
+            raise PngError("it is damaged: a checksum is wrong")
+        if kind == b"IHDR":
+            header = body
+        elif kind == b"IDAT":
+            data += body
+        position += 12 + size
+    if len(header) != 13:
+        raise PngError("it is damaged: it has no header")
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    if (depth, colour, interlaced) != (16, _RGB, 0):
+        raise PngError("it has not three channels of 16 bits")
+    expected = height * (1 + 6 * width)
+    inflate = zlib.decompressobj()
+    try:
+        rows = inflate.decompress(bytes(data), expected + 1)
+    except zlib.error as error:
+        raise PngError(f"it is damaged: {error}") from error
+    if not 0 < expected == len(rows):
+        raise PngError(f"it is damaged: its data is not of {width}x{height} pixels")
