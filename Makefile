@@ -49,7 +49,7 @@ model: $(VENV)/.serve ## put back the Triton model of the weights that ship
 	$(BIN)/python -m export.shipped --repository $(REPOSITORY)
 
 # A model of other weights, exported to its place, stays there.
-$(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipped.py export/repository.py export/half.py $(wildcard export/cpu/*.py) | $(VENV)/.serve
+$(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipped.py export/repository.py export/half.py flownet2/contract.py | $(VENV)/.serve
 	@$(BIN)/python -m export.shipped --repository $(REPOSITORY) --keep-other
 
 # An environment is made anew when what it installs has changed.

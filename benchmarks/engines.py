@@ -18,10 +18,10 @@ from tritonclient import grpc
 
 from benchmarks.perf_analyzer import SIZE
 from benchmarks.report import milliseconds, table
-from export.cpu.engine import Engine, available_cores, has_bfloat16
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
+from export.served.openvino_engine import Engine, available_cores, has_bfloat16
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
 from launch import triton
 

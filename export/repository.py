@@ -1,9 +1,10 @@
 """A model folder of a Triton repository.
 
-Its configurations are files written by hand, ``model_repository/flownet2/``: ``config.pbtxt`` for
-the CPU, and in ``configs/`` those that Triton's ``--model-config-name`` picks on a GPU. They fit
-every network. What differs from model to model lies in the version folder: the network, and a
-description, ``description.pbtxt``, which whoever serves the model adds to its configuration.
+``model_repository/flownet2/`` holds what every model shares and git tracks: ``config.pbtxt`` and
+``1/*.py``, which Triton's Python backend runs, and in ``configs/`` the configurations that Triton's
+``--model-config-name`` selects instead. What differs from model to model lies beside them in the
+version folder: the network, and ``description.pbtxt``, which the launcher appends to the
+configuration.
 """
 
 import contextlib
@@ -20,7 +21,6 @@ from flownet2 import contract
 
 TEMPLATE = Path(__file__).parents[1] / "model_repository" / "flownet2"
 CONFIGURATIONS = ("config.pbtxt", "configs/onnx.pbtxt", "configs/tensorrt.pbtxt")
-CPU_BACKEND = Path(__file__).parent / "cpu"
 MODEL, HALF_MODEL = "model.onnx", "model_fp16.onnx"
 DESCRIPTION = "description.pbtxt"
 
@@ -45,7 +45,7 @@ def write_model(
     version = folder / "1"
     for configuration in CONFIGURATIONS:
         _copy(TEMPLATE / configuration, folder / configuration)
-    for module in CPU_BACKEND.glob("[!_]*.py"):
+    for module in (TEMPLATE / "1").glob("*.py"):
         _copy(module, version / module.name)
     _copy(Path(contract.__file__), version / "flownet2" / "contract.py")
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

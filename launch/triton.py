@@ -182,13 +182,17 @@ def is_ready(address: Address) -> bool:
 
 
 def check_repository(repository: Path) -> None:
-    """Make sure that at least one model is there and that each has its ONNX file.
+    """Check that there is a model and that exports have written what each one runs.
 
     Raises:
-        LaunchError: no model, or one without `model.onnx`.
+        LaunchError: there is no model, or one has no network.
     """
     models = sorted(path.parent for path in repository.glob("*/config.pbtxt"))
-    incomplete = [model for model in models if not any(model.glob("*/model.*"))]
+    incomplete = [
+        model
+        for model in models
+        if not any(model.glob("*/model.onnx" if model.name == MODEL_NAME else "*/model.*"))
+    ]
     if not models or incomplete:
         missing = (incomplete[0] if incomplete else repository / MODEL_NAME) / "1" / "model.onnx"
         raise LaunchError(

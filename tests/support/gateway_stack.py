@@ -51,6 +51,7 @@ def write_model(
     version = repository / name / "1"
     version.mkdir(parents=True)
     (version / "model.py").symlink_to(MODEL)
+    (version / "model.onnx").touch()
     inputs = ", ".join(
         f'{{ name: "{one}" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }}'
         for one in ("image1", second)

@@ -1,7 +1,7 @@
 """Triton Python-backend model: runs the ``model.onnx`` beside it on the CPU.
 
-The exporter copies the modules of this folder to ``<model>/1/``, and ``flownet2/contract.py``: they
-import nothing else of the project.
+The modules of this folder import nothing else of the project but ``flownet2/contract.py``, of which
+the exporter puts a copy beside them. It copies all of them to models of other names.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import openvino  # noqa: E402
 
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, MINIMUM_SIDE  # noqa: E402
 
-from .engine import Engine, Flow, Images, available_cores  # noqa: E402
+from .openvino_engine import Engine, Flow, Images, available_cores  # noqa: E402
 from .shapes import guard, is_possible  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone

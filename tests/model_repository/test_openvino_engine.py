@@ -17,9 +17,9 @@ import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
 
-from export.cpu import engine
-from export.cpu.bfloat16 import cast_to_bfloat16
-from export.cpu.engine import Engine, available_cores, has_bfloat16
+from export.served import openvino_engine
+from export.served.bfloat16 import cast_to_bfloat16
+from export.served.openvino_engine import Engine, available_cores, has_bfloat16
 from export.shipped import write_shipped
 from tests.support.exported import Exported
 from tests.support.gateway_stack import wait_until
@@ -116,7 +116,7 @@ def test_narrow_images_run_in_float32(engine_f32: Engine, engine_bf16: Engine) -
 def test_recurring_sizes_are_planned_within_the_memory(
     onnx_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "PIXEL_BYTES", 2**31 // 128**2 // 3)
+    monkeypatch.setattr(openvino_engine, "PIXEL_BYTES", 2**31 // 128**2 // 3)
     made = Engine(onnx_file, "f32")
 
     def ask(size: tuple[int, int]) -> set[tuple[int, ...]]:

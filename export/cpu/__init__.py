@@ -1,1 +1,0 @@
-"""The Triton model for the CPU: its modules are copied into each model folder."""
