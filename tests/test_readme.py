@@ -1,6 +1,5 @@
-"""The README's examples do what they say."""
+"""The examples of the README and of docs/ run as they stand, in order, on a running service."""
 
-import json
 import os
 import re
 import shlex
@@ -17,70 +16,62 @@ from benchmarks import perf_analyzer
 from gateway import settings
 from tests.support.stack import ROOT, Stack
 
-README = (ROOT / "README.md").read_text()
-# From "Use it" up to "Networks and weights".
-EXAMPLES = re.findall(
-    r"^```(sh|python)\n(.*?)^```",
-    README[README.index("## Use it") : README.index("## Networks and weights")],
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+EXAMPLE = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<kind>sh|python)\n(?P<text>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
 DEFAULT_PORTS = {"PORT": "5003", "TRITON_HTTP_PORT": "8000", "TRITON_GRPC_PORT": "8001"}
 
 
-def test_examples(stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples(page: Path, stack: Stack, tmp_path: Path) -> None:
+    """Each example ends with status 0; files that one writes are there for the next."""
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     write_film(tmp_path / "film.mp4")
-    assert [kind for kind, _ in EXAMPLES] == ["sh", "python", "sh", "sh", "python", "python", "sh"]
-    assert "benchmarks.perf_analyzer" in EXAMPLES[-1][1]
+    for example in EXAMPLE.finditer(page.read_text()):
+        if example["reason"] or ("perf_analyzer" in example["text"] and not has_perf_analyzer()):
+            continue
+        run(example["kind"], example["text"], stack, tmp_path)
+
+
+def run(kind: str, text: str, stack: Stack, folder: Path) -> None:
+    """Run an example with this Python, against the ports of the test's service."""
+    python = shlex.quote(sys.executable)
+    text = text.replace(".venv/bin/python", python)
+    text = re.sub(r"(?:\.venv/bin/|^)flownet2 ", f"{python} -m flownet2 ", text, flags=re.MULTILINE)
+    for variable, port in DEFAULT_PORTS.items():
+        text = re.sub(rf"(127\.0\.0\.1|localhost):{port}\b", rf"\1:{stack.ports[variable]}", text)
+    command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, text],
+        cwd=folder,
+        env={
+            **os.environ,
+            **{name: str(port) for name, port in stack.ports.items()},
+            "FLOWNET2_URL": stack.url,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def has_perf_analyzer() -> bool:
+    """False without a network, or on a machine that there is no perf_analyzer for."""
     try:
         perf_analyzer.PerfAnalyzer()
-        examples = EXAMPLES
-    except perf_analyzer.Unavailable:  # no network, or a machine that it is not made for
-        examples = EXAMPLES[:-1]
-    ports = {name: str(port) for name, port in stack.ports.items()}
-    output = ""
-    for kind, text in examples:
-        python = shlex.quote(sys.executable)
-        example = text.replace(".venv/bin/python", python)
-        example = example.replace(".venv/bin/flownet2", f"{python} -m flownet2")
-        for variable, port in DEFAULT_PORTS.items():
-            example = example.replace(f"127.0.0.1:{port}", f"127.0.0.1:{stack.ports[variable]}")
-        command = ["bash", "-euc"] if kind == "sh" else [sys.executable, "-W", "ignore", "-c"]
-        done = subprocess.run(
-            [*command, example],
-            cwd=tmp_path,
-            env={**os.environ, **ports, "FLOWNET2_URL": stack.url, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        output += done.stdout
-    response = json.loads((tmp_path / "response.json").read_text())
-    assert len(response["flow"]) == 512
-    shown = re.search(r'"scale_x_back_factor": (\S+), "scale_y_back_factor": (\S+)}', README)
-    assert shown is not None
-    assert response["scale_x_back_factor"] == float(shown[1])
-    assert response["scale_y_back_factor"] == float(shown[2])
-    assert (tmp_path / "flow.npy").read_bytes().startswith(b"\x93NUMPY")
-    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
-    pair, both, over_grpc, over_http, *table = output.strip().splitlines()
-    assert pair.startswith("flow.flo: 320x256, ")
-    assert both.startswith("(256, 320, 2) float32 0.")
-    assert sorted(path.name for path in (tmp_path / "flows" / "film").iterdir()) == [
-        "000000.flo",
-        "flow.mp4",
-        "index.csv",
-    ]
-    for one in (over_grpc, over_http):
-        assert one.startswith("(256, 320, 2) float32 [")
-    medians = [[float(x) for x in one.split("[")[1][:-1].split()] for one in (over_grpc, over_http)]
-    assert medians[0] == pytest.approx(medians[1], abs=1e-3)
-    assert len(examples) < len(EXAMPLES) or table[-1].startswith("| 8 | ")
+    except perf_analyzer.Unavailable:
+        return False
+    return True
 
 
 def write_film(path: Path) -> None:
-    """A video of a sample's two frames."""
+    """Write a video of a sample's two frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height = 320, 256
@@ -90,12 +81,38 @@ def write_film(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
+def test_response_that_the_readme_shows() -> None:
+    """The factors in the JSON on the page are those of the request above it."""
+    (shown,) = {
+        match
+        for page in PAGES
+        for match in re.findall(
+            r'"scale_x_back_factor": ([\d.]+),\s*"scale_y_back_factor": ([\d.]+)}', page.read_text()
+        )
+    }
+    with Image.open(ROOT / "samples" / "layers_0" / "frame0.png") as image:
+        assert tuple(map(float, shown)) == (image.width / 512, image.height / 512)
+
+
 def test_settings_table() -> None:
-    shown = README[README.index("<!-- settings -->") : README.index("<!-- /settings -->")]
-    assert settings.table().strip() in shown
+    """The table of settings is the one that the gateway prints."""
+    assert any(settings.table().strip() in page.read_text() for page in PAGES)
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
