@@ -27,6 +27,11 @@ from training.textures import TILE_SIZE, TextureSource
 # Object slots of a scene, back to front: texture side in pixels. Each is there with PRESENCE.
 OBJECT_SIZES = (320, 224, 112, 224, 80, 112, 80, 56, 56)
 PRESENCE = 0.7
+SMALL_MOTIONS = 0.1
+"""Scale of the motions of scenes with small motions, those of FlowNet2-SD's training."""
+LARGE_MOTIONS = (2.0, 4.0)
+"""Range of the scale of the motions of scenes with large motions."""
+NEAREST, BEHIND = 1e-6, -1e6
 # Shares of the batches that have an effect, and of the layers that are out of focus.
 MOTION_BLUR, FOG, DEFOCUS = 0.15, 0.15, 0.15
 
@@ -43,6 +48,33 @@ class Scenes:
     frames: Tensor
     flow: Tensor
     occluded: Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the batches that are not plain scenes.
+
+    Attributes:
+        small: motions scaled by `SMALL_MOTIONS`.
+        large: motions scaled by a factor in `LARGE_MOTIONS`.
+        driving: a camera that moves forward over a ground plane.
+    """
+
+    small: float = 0.0
+    large: float = 0.0
+    driving: float = 0.0
+
+    def kind(self, index: int) -> tuple[float, bool]:
+        """Return scale of the motions and whether the scene is a driving one, for a batch."""
+        # Multiples of the golden ratio spread the kinds evenly over any range of batches.
+        position = index * 0.6180339887498949 % 1
+        if position < self.small:
+            return SMALL_MOTIONS, False
+        position -= self.small
+        if position < self.large:
+            low, high = LARGE_MOTIONS
+            return low + (high - low) * position / self.large, False
+        return 1.0, position - self.large < self.driving
 
 
 class _Random:
@@ -110,8 +142,8 @@ def _texture_map(
 
 
 def _shift(random: _Random, median: float, spread: float) -> tuple[Tensor, Tensor]:
-    """A shift in a random direction with log-normal length, cut at 120 pixels."""
-    length = (median * torch.exp(spread * random.normal())).clamp(max=120.0)
+    """A shift in a random direction with log-normal length, cut at 200 pixels."""
+    length = (median * torch.exp(spread * random.normal())).clamp(max=200.0)
     direction = random.uniform(0, 2 * math.pi)
     return length * torch.cos(direction), length * torch.sin(direction)
 
@@ -122,6 +154,8 @@ class _Layer:
     texture_map: Tensor  # A, [N, 3, 3]
     motion: Tensor  # M, [N, 3, 3]
     bend: Tensor | None  # w, [N, 2, H, W]
+    # Of a plane that its reflected texture covers: bounds in texture coordinates, [N, axis, 2].
+    window: Tensor | None = None
 
 
 def _bend(random: _Random, height: int, width: int, size: float, device: torch.device) -> Tensor:
@@ -187,7 +221,6 @@ def _object(
     displacement: float,
     background: Tensor,
 ) -> _Layer:
-    count = random.count
     centre = (random.uniform(0, width), random.uniform(0, height))
     own = _similarity(
         centre,
@@ -204,6 +237,14 @@ def _object(
     centre = (torch.where(present, centre[0], torch.full_like(half, far)), centre[1])
     texture_map = _texture_map(centre, random.uniform(0, 2 * math.pi), half, half * thin)
 
+    texture = _object_texture(random, textures, tiles, size)
+    bend = _bend(random, height, width, displacement, tiles.device) if size > 100 else None
+    return _Layer(texture, texture_map, motion, bend)
+
+
+def _object_texture(random: _Random, textures: TextureSource, tiles: Tensor, size: int) -> Tensor:
+    """Cut-outs with their own colours or a photograph's, times alpha, and alpha: [N, 4, S, S]."""
+    count = random.count
     drawn, colourless = textures.outlines(count, size, random.generator)
     outlines = drawn.to(tiles.device, non_blocking=True) / 255
     from_photo = (colourless | random.chance(0.4)).to(tiles.device)
@@ -212,9 +253,117 @@ def _object(
     left, top = (int(random.integer(0, TILE_SIZE - size)[0]) for _ in range(2))
     crops = others[:, :, top : top + size, left : left + size]
     colour = torch.where(from_photo.view(-1, 1, 1, 1), crops, outlines[:, :3])
-    bend = _bend(random, height, width, displacement, tiles.device) if size > 100 else None
     alpha = outlines[:, 3:]
-    return _Layer(torch.cat([colour * alpha, alpha], 1), texture_map, motion, bend)
+    return torch.cat([colour * alpha, alpha], 1)
+
+
+def _driving(
+    random: _Random,
+    textures: TextureSource,
+    tiles: Tensor,
+    height: int,
+    width: int,
+    displacement: float,
+) -> list[_Layer]:
+    """A road scene: far plane, ground, two walls, and objects on the ground, back to front.
+
+    Every layer is a plane n X = d before a camera that moves forward and turns a little, so its
+    motion is the homography K (R + t n^T / d) K^-1. Lengths are in units of the depth of the ground
+    at the lower edge of the image.
+    """
+    count = random.count
+    focal = width * random.uniform(0.55, 1.1)
+    horizon = height * random.uniform(0.35, 0.6)
+    zero = torch.zeros_like(focal)
+    one = torch.ones_like(focal)
+    calibration = _matrix(
+        [[focal, 0.0, width / 2 + zero], [0.0, focal, horizon], [0.0, 0.0, 1.0]], count
+    )
+    rays = torch.inverse(calibration)
+    above = (height - horizon) / focal  # height of the camera above the ground
+    end = random.uniform(4.0, 10.0)  # depth of the far plane
+    # At most 40 percent of the way to the nearest ground, so that everything stays in front.
+    step = (0.07 * torch.exp(random.uniform(0.0, 1.8)) * displacement).clamp(max=0.4)
+    angles = [random.normal() * 0.01 * displacement for _ in range(3)]
+    turn = _matrix(
+        [
+            [1.0, -angles[2], angles[1]],
+            [angles[2], 1.0, -angles[0]],
+            [-angles[1], angles[0], 1.0],
+        ],
+        count,
+    )
+
+    def motion(normal: list[float], distance: Tensor, travel: list[Tensor]) -> Tensor:
+        shift = _matrix([[value] for value in travel], count)
+        plane = torch.tensor([normal], dtype=torch.float64) / distance.view(-1, 1, 1)
+        return calibration @ (turn + shift @ plane) @ rays
+
+    camera = [0.1 * step * random.normal(), zero, -step]
+    opaque = torch.cat([tiles, torch.ones_like(tiles[:, :1])], 1)
+    unlimited = 1e6 * one
+
+    def plane(
+        number: int, coordinates: list[list[Tensor | float]], moved: Tensor, rows: list[Tensor]
+    ) -> _Layer:
+        size = random.uniform(1.5, 4.0)  # half the side of the texture
+        scale = _matrix([[1 / size, 0.0, 0.0], [0.0, 1 / size, 0.0], [0.0, 0.0, 1.0]], count)
+        window = torch.stack([torch.stack(rows, -1), torch.stack([zero, end], -1)], 1)
+        return _Layer(
+            opaque.roll(number, 0),
+            scale @ _matrix(coordinates, count) @ rays,
+            moved,
+            None,
+            window / size.view(-1, 1, 1),
+        )
+
+    half = TILE_SIZE / 2 / random.uniform(0.55, 1.15)
+    layers = [
+        _Layer(
+            tiles,
+            _texture_map((width / 2 + zero, horizon), zero, half, half),
+            motion([0.0, 0.0, 1.0], end, camera),
+            None,
+        ),
+        plane(
+            1,
+            [[above, 0.0, 0.0], [0.0, 0.0, above], [0.0, 1.0, 0.0]],
+            motion([0.0, 1.0, 0.0], above, camera),
+            [-unlimited, unlimited],
+        ),
+    ]
+    for side in (-1.0, 1.0):
+        distance = torch.where(random.chance(0.6), random.uniform(0.5, 2.5), unlimited)
+        layers.append(
+            plane(
+                2 + int(side > 0),
+                [[0.0, distance, 0.0], [0.0, 0.0, distance], [side, 0.0, 0.0]],
+                motion([side, 0.0, 0.0], distance, camera),
+                [-above * random.uniform(0.3, 2.0), above],
+            )
+        )
+    depths = torch.stack([1.2 * (end / 1.2) ** random.uniform(0, 1) for _ in OBJECT_SIZES[:6]])
+    for depth, size in zip(depths.sort(0, descending=True).values, OBJECT_SIZES, strict=False):
+        own = random.chance(0.5) * step
+        travel = [camera[0] + 0.5 * own * random.normal(), zero, own * random.normal() - step]
+        travel[2] = torch.maximum(travel[2], -0.6 * depth)
+        half_width = focal * random.uniform(0.05, 0.6) / depth
+        half_height = focal * above * random.uniform(0.1, 0.7) / depth
+        present = torch.where(random.chance(PRESENCE), one, 4.0 * (height + width) * one)
+        centre = (
+            present * random.uniform(0, width),
+            horizon + focal * above / depth - half_height,
+        )
+        outlines = _object_texture(random, textures, tiles, size)
+        layers.append(
+            _Layer(
+                outlines,
+                _texture_map(centre, 0.1 * random.normal(), half_width, half_height),
+                motion([0.0, 0.0, 1.0], depth, travel),
+                None,
+            )
+        )
+    return layers
 
 
 def _defocused(texture: Tensor, radius: int) -> Tensor:
@@ -242,7 +391,8 @@ def _fogged(layers: list[_Layer], random: _Random) -> list[_Layer]:
 def _project(
     matrix: Tensor, height: int, width: int, bend: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Pixels (moved by `bend` first) under [N, 3, 3] float64 homographies: [N, H, W, 2] float32.
+    """Pixels (moved by `bend` first) under [N, 3, 3] float64 homographies: [N, H, W, 2] float32,
+    `BEHIND` where the plane is not in front of the camera.
 
     Written out by rows, columns and bend: a matrix product with three columns is slow everywhere.
     """
@@ -257,7 +407,10 @@ def _project(
         mapped.addcmul_(entries[:, :, 0, None, None], bend[:, None, 0])
         mapped.addcmul_(entries[:, :, 1, None, None], bend[:, None, 1])
     points = mapped[:, :2].permute(0, 2, 3, 1)
-    return points if affine else points / mapped[:, 2, :, :, None]
+    if affine:
+        return points
+    depth = mapped[:, 2, :, :, None]
+    return torch.where(depth > NEAREST, points / depth.clamp(min=NEAREST), BEHIND)
 
 
 def _composite(layers: list[_Layer], sampling: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -273,9 +426,13 @@ def _composite(layers: list[_Layer], sampling: list[Tensor]) -> tuple[Tensor, li
         sample = F.grid_sample(
             layer.texture,
             grid,
-            padding_mode="zeros",
+            padding_mode="zeros" if layer.window is None else "reflection",
             align_corners=False,
         )
+        if layer.window is not None:
+            low, high = layer.window.to(grid).unbind(-1)
+            inside = (grid >= low[:, None, None]) & (grid <= high[:, None, None])
+            sample = sample * inside.all(-1)[:, None]
         image = sample[:, :3] + image * (1 - sample[:, 3:])
         alphas.append(sample[:, 3])
     return image, alphas
@@ -342,16 +499,19 @@ def render(
     width: int,
     textures: TextureSource,
     displacement: float = 1.0,
+    driving: bool = False,
     effects: bool = True,
     device: torch.device | str = "cpu",
 ) -> Scenes:
     """Render `count` scenes of one seed.
 
     `displacement` scales every motion: 1 gives a median of a few pixels with a tail beyond 100,
-    0.1 the small motions that FlowNet2-SD is trained on. `effects` off leaves out motion blur, fog
-    and defocus.
+    0.1 the small motions that FlowNet2-SD is trained on. `driving` scenes are seen by a camera that
+    moves forward over a ground plane. Without `effects` there is no motion blur, fog or defocus.
     """
-    layers, shutter = compose(seed, count, height, width, textures, displacement, effects, device)
+    layers, shutter = compose(
+        seed, count, height, width, textures, displacement, driving, effects, device
+    )
     return _render_layers(layers, height, width, shutter)
 
 
@@ -362,6 +522,7 @@ def compose(
     width: int,
     textures: TextureSource,
     displacement: float = 1.0,
+    driving: bool = False,
     effects: bool = True,
     device: torch.device | str = "cpu",
 ) -> tuple[list[_Layer], Tensor | None]:
@@ -369,11 +530,14 @@ def compose(
     random = _Random(seed, count)
     drawn = textures.tiles(count, random.generator)
     tiles = drawn.to(device, non_blocking=True).float() / 255
-    layers = [_background(random, tiles, height, width, displacement)]
-    layers += [
-        _object(random, textures, tiles, size, height, width, displacement, layers[0].motion)
-        for size in OBJECT_SIZES
-    ]
+    if driving:
+        layers = _driving(random, textures, tiles, height, width, displacement)
+    else:
+        layers = [_background(random, tiles, height, width, displacement)]
+        layers += [
+            _object(random, textures, tiles, size, height, width, displacement, layers[0].motion)
+            for size in OBJECT_SIZES
+        ]
     shutter = random.uniform(0.1, 0.5)
     blurred = effects and bool(random.chance(MOTION_BLUR)[0])
     if effects:

@@ -32,18 +32,26 @@ def multiscale_loss(
     scale: float,
     weights: Sequence[float] = LEVEL_WEIGHTS["paper"],
     exponent: float = 1.0,
+    robust_levels: int = 5,
 ) -> Tensor:
     """Weighted end-point error over the levels of one network.
 
-    `predictions` coarsest first, in units of `scale` pixels; `flow` [N, 2, H, W] in pixels is
-    averaged down to each. An `exponent` below 1 weighs small errors up, as the paper's fine-tuning
-    for small motions.
+    Args:
+        predictions: coarsest first, in units of `scale` pixels.
+        flow: [N, 2, H, W] in pixels; it is averaged down to the size of each level.
+        scale: pixels of a unit of the predictions.
+        weights: of the levels, coarsest first.
+        exponent: of the error at the `robust_levels` finest levels. Below 1 it gives small errors
+            more weight, as the paper's fine-tuning for small displacements does.
+        robust_levels: number of levels; the coarser ones have exponent 1, so that large errors
+            keep their weight where large motions are estimated.
     """
     total = torch.zeros((), device=flow.device)
-    for weight, prediction in zip(weights, predictions, strict=True):
+    plain_levels = len(predictions) - robust_levels
+    for level, (weight, prediction) in enumerate(zip(weights, predictions, strict=True)):
         truth = F.adaptive_avg_pool2d(flow, prediction.shape[2:]) / scale  # type: ignore[arg-type]
         error = torch.linalg.vector_norm(prediction.float() - truth, dim=1)
-        if exponent != 1:
+        if exponent != 1 and level >= plain_levels:
             error = (error + 0.01) ** exponent  # the slope at zero stays finite
         total = total + weight * error.mean()
     return total

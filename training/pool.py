@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.generator import render
+from training.generator import Mixture, render
 from training.prefetch import draw_ahead
 from training.textures import Textures
 
 RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; a GPU takes its time for the calls, not the pixels
-SMALL = 0.1  # factor between motions and small ones, those of FlowNet2-SD's training
 MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
 
 
@@ -70,9 +69,9 @@ def leaves(flow: Tensor) -> Tensor:
 class ScenePool:
     """A ring of rendered scenes. Each is cropped, flipped and recoloured afresh whenever drawn.
 
-    The scenes are the seeds `seed`, `seed + 1`, …, rendered in that order, a RENDER_BATCH each, so
-    that a pool is restored by the number of batches rendered. The share `small` of the batches
-    has small motions.
+    The scenes are those of seeds `seed`, `seed + 1`, …, rendered in that order, a RENDER_BATCH
+    each, so that a pool is restored by the number of batches rendered. Their motions are scaled by
+    `displacement`; `mixture` says how many of the batches are of another kind.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class ScenePool:
         capacity: int,
         crop: tuple[int, int],
         displacement: float,
-        small: float,
+        mixture: Mixture,
         seed: int,
         rendered: int = 0,
         device: torch.device | str = "cpu",
@@ -89,7 +88,7 @@ class ScenePool:
         self.textures, self.crop, self.seed = textures, crop, seed
         self.device = torch.device(device)
         self.scenes = RENDER_BATCH[self.device.type]
-        self.displacement, self.small = displacement, small
+        self.displacement, self.mixture = displacement, mixture
         self.size = (crop[0] + MARGIN, crop[1] + MARGIN)
         self.slots = capacity // self.scenes
         height, width = self.size
@@ -99,24 +98,25 @@ class ScenePool:
         self.occluded = torch.zeros(scenes, height, width, dtype=torch.bool, device=device)
         self.rendered = max(0, rendered - self.slots)
         ahead = self.device.type != "cpu"
-        first = seed + self.rendered
-        self.drawn = draw_ahead(textures, first, self.scenes, self.size) if ahead else None
+        self.drawn = (
+            draw_ahead(textures, seed, self.rendered, self.scenes, self.size, mixture)
+            if ahead
+            else None
+        )
         self.owed = 0.0
         while self.rendered < max(rendered, self.slots):
             self.render_next()
 
     def render_next(self) -> None:
         """Replace the oldest scenes by new ones."""
-        displacement = self.displacement
-        # The share of batches with small motions, spread evenly.
-        if int((self.rendered + 1) * self.small) > int(self.rendered * self.small):
-            displacement *= SMALL
+        scale, driving = self.mixture.kind(self.rendered)
         scenes = render(
             self.seed + self.rendered,
             self.scenes,
             *self.size,
             next(self.drawn) if self.drawn else self.textures,
-            displacement,
+            self.displacement * scale,
+            driving,
             device=self.device,
         )
         start = self.rendered % self.slots * self.scenes

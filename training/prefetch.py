@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.generator import compose
+from training.generator import Mixture, compose
 from training.textures import TextureSource
 
 Draw = tuple[Any, Tensor]  # textures, and the state of the random generator after them
@@ -57,26 +57,45 @@ class Replay:
 
 
 class _Draws(Dataset[list[Draw]]):
-    """The draws of `render(seed, count, height, width)` by seed."""
+    """Draws of the batches of a pool, by their index."""
 
-    def __init__(self, textures: TextureSource, count: int, size: tuple[int, int]) -> None:
-        self.textures, self.count, self.size = textures, count, size
+    def __init__(
+        self,
+        textures: TextureSource,
+        seed: int,
+        scenes: int,
+        size: tuple[int, int],
+        mixture: Mixture,
+    ) -> None:
+        self.textures, self.seed, self.scenes = textures, seed, scenes
+        self.size, self.mixture = size, mixture
 
-    def __getitem__(self, seed: int) -> list[Draw]:
+    def __getitem__(self, index: int) -> list[Draw]:
         recorder = Recorder(self.textures)
+        driving = self.mixture.kind(index)[1]
         # On the device "meta" layers have shapes, but no pixels.
-        compose(seed, self.count, *self.size, recorder, device="meta")
+        compose(
+            self.seed + index, self.scenes, *self.size, recorder, driving=driving, device="meta"
+        )
         return recorder.draws
 
 
 def draw_ahead(
-    textures: TextureSource, seed: int, scenes: int, size: tuple[int, int]
+    textures: TextureSource,
+    seed: int,
+    first: int,
+    scenes: int,
+    size: tuple[int, int],
+    mixture: Mixture,
 ) -> Iterator[Replay]:
-    """The textures of `render(seed, scenes, *size, textures)`, then of the next seed, and so on."""
+    """Draw the textures of batches `first`, `first + 1`, … of a pool ahead of their rendering.
+
+    Batch i is `render(seed + i, scenes, *size, …)` of the mixture's kind i.
+    """
     loader = DataLoader(
-        _Draws(textures, scenes, size),
+        _Draws(textures, seed, scenes, size, mixture),
         batch_size=None,
-        sampler=count(seed),
+        sampler=count(first),
         num_workers=max(1, len(os.sched_getaffinity(0)) - 2),
         # What other libraries have started in this process does not live through a fork.
         multiprocessing_context="spawn",

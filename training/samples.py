@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument(
         "--augment", action="store_true", help="with training's effects, noise and colour changes"
     )
+    parser.add_argument("--displacement", type=float, default=1.0, help="scale of the motions")
+    parser.add_argument("--driving", action="store_true", help="a camera that moves forward")
     arguments = parser.parse_args()
     textures = Textures(arguments.textures)
     for number in range(arguments.count):
@@ -43,7 +45,16 @@ def main() -> None:
         if index_in_batch == 0:
             seed = SAMPLE_SEED + arguments.seed + batch
             height, width = arguments.size
-            scenes = render(seed, RENDER_BATCH, height, width, textures, effects=arguments.augment)
+            scenes = render(
+                seed,
+                RENDER_BATCH,
+                height,
+                width,
+                textures,
+                arguments.displacement,
+                arguments.driving,
+                arguments.augment,
+            )
             frames = scenes.frames
             if arguments.augment:
                 images = photometric(frames, torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from training import generator
-from training.generator import Scenes, render
+from training.generator import Mixture, Scenes, render
 from training.prefetch import draw_ahead
 from training.textures import Textures
 
@@ -48,15 +48,18 @@ def away_from_edges(mask: torch.Tensor) -> torch.Tensor:
     return blocked == 0
 
 
-def test_frame_1_warped_back_is_frame_0_where_nothing_hides_it(smooth: Textures) -> None:
-    scenes = render(5, 4, HEIGHT, WIDTH, smooth, effects=False)
+@pytest.mark.parametrize(("driving", "bound"), [(False, 1.5), (True, 2.5)])
+def test_frame_1_warped_back_is_frame_0_where_nothing_hides_it(
+    smooth: Textures, driving: bool, bound: float
+) -> None:
+    scenes = render(5, 4, HEIGHT, WIDTH, smooth, driving=driving, effects=False)
     error = (warp_back(scenes) - scenes.frames[0].float()).abs().amax(dim=1)
     visible = away_from_edges(~scenes.occluded)
     assert visible.float().mean() > 0.5
     # Two roundings to uint8 and one bilinear interpolation of a smooth texture.
-    # (Small stamps keep their detail, hence the tail.)
-    assert error[visible].mean() < 1.5
-    assert error[visible].quantile(0.95) < 3.0
+    # (Small stamps keep their detail, and distant ground is sampled sparsely: hence the tail.)
+    assert error[visible].mean() < bound
+    assert error[visible].quantile(0.95) < 5 * bound
 
 
 def test_a_flow_that_is_off_by_half_a_pixel_is_noticed(smooth: Textures) -> None:
@@ -92,9 +95,11 @@ def test_a_seed_gives_the_same_scenes_again_and_another_seed_others(textures: Te
 def compare_with_drawn_ahead() -> None:
     torch.set_num_threads(1)
     textures = Textures()
-    ahead = draw_ahead(textures, 7, 2, (64, 64))
-    for seed in (7, 8):
-        first, again = (render(seed, 2, 64, 64, source, 0.5) for source in (textures, next(ahead)))
+    ahead = draw_ahead(textures, 5, 2, 2, (64, 64), Mixture(driving=0.5))
+    for seed, driving in ((7, True), (8, False)):
+        first, again = (
+            render(seed, 2, 64, 64, source, driving=driving) for source in (textures, next(ahead))
+        )
         assert torch.equal(first.frames, again.frames)
         assert torch.equal(first.flow, again.flow)
 
@@ -113,6 +118,27 @@ def test_small_motions_and_a_long_tail(textures: Textures) -> None:
     assert lengths.max() > 80
     small = render(3, 8, 64, 96, textures, displacement=0.1).flow.norm(dim=1)
     assert small.median() < 2
+
+
+def test_a_camera_that_moves_forward_sees_the_ground_move_away_from_a_point(
+    textures: Textures,
+) -> None:
+    flow = torch.cat(
+        [render(seed, 8, 96, 128, textures, driving=True).flow for seed in range(4)]
+    ).double()
+    # The lower edge is nearest: it moves down, and its left and right ends apart.
+    assert (flow[:, 1, -1].median(dim=1).values > 0).double().mean() > 0.9
+    assert (flow[:, 0, -1, -1] > flow[:, 0, -1, 0]).double().mean() > 0.9
+    assert flow.norm(dim=1)[:, -1].median() > 3 * flow.norm(dim=1)[:, 32].median()
+
+
+def test_kinds_of_scenes_come_in_their_shares() -> None:
+    mixture = Mixture(small=0.2, large=0.3, driving=0.1)
+    kinds = [mixture.kind(index) for index in range(1000)]
+    scales = np.array([scale for scale, _ in kinds])
+    assert (scales < 1).mean() == pytest.approx(0.2, abs=0.01)
+    assert ((scales >= 2) & (scales <= 4)).mean() == pytest.approx(0.3, abs=0.01)
+    assert np.mean([driving for _, driving in kinds]) == pytest.approx(0.1, abs=0.01)
 
 
 @pytest.mark.parametrize("effect", ["MOTION_BLUR", "FOG", "DEFOCUS"])

@@ -17,6 +17,7 @@ from export.weights import WeightsError, load_weights, save_weights
 from flownet2.formats import write_flow
 from training import train
 from training.cost import cost_volume
+from training.generator import Mixture
 from training.loss import LEVEL_WEIGHTS, matching_loss, multiscale_loss
 from training.model import (
     TrainingC,
@@ -76,6 +77,8 @@ def test_the_multiscale_loss_of_zero_flow_is_the_weighted_length_of_the_flow() -
     assert loss == pytest.approx(sum(LEVEL_WEIGHTS["paper"]) * 5 / 20, rel=1e-5)
     loss = multiscale_loss(predictions, flow, 20.0, LEVEL_WEIGHTS["finest"], exponent=0.4)
     assert loss == pytest.approx(2.48 * (5 / 20 + 0.01) ** 0.4, rel=1e-5)
+    loss = multiscale_loss(predictions, flow, 20.0, LEVEL_WEIGHTS["finest"], 0.4, robust_levels=1)
+    assert loss == pytest.approx(1.2 * 5 / 20 + 1.28 * (5 / 20 + 0.01) ** 0.4, rel=1e-5)
 
 
 def test_the_matching_loss_is_the_entropy_of_its_bilinear_target_at_the_best_logits() -> None:
@@ -108,7 +111,7 @@ def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
 
 
 def test_what_leaves_the_crop_is_hidden(textures: Textures) -> None:
-    pool = ScenePool(textures, capacity=8, crop=(64, 128), displacement=3.0, small=0.0, seed=5)
+    pool = ScenePool(textures, 8, (64, 128), displacement=3.0, mixture=Mixture(), seed=5)
     batch = pool.draw(16, 1.0, torch.Generator().manual_seed(0))
     y, x = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
     column, row = (x + batch.flow[:, 0]).round(), (y + batch.flow[:, 1]).round()
@@ -119,10 +122,10 @@ def test_what_leaves_the_crop_is_hidden(textures: Textures) -> None:
 
 
 def test_a_share_of_the_scenes_moves_a_tenth(textures: Textures) -> None:
-    pools = [ScenePool(textures, 32, (64, 64), 1.0, small, seed=5) for small in (0.0, 0.5)]
+    pools = [ScenePool(textures, 32, (64, 64), 1.0, Mixture(small), seed=5) for small in (0.0, 0.5)]
     lengths = [pool.flow.norm(dim=1).mean(dim=(1, 2)).view(4, 8).mean(dim=1) for pool in pools]
-    assert torch.equal(lengths[0] == lengths[1], torch.tensor([True, False, True, False]))
-    assert (lengths[1][1::2] < 0.3 * lengths[0][1::2]).all()
+    assert torch.equal(lengths[0] == lengths[1], torch.tensor([False, True, False, True]))
+    assert (lengths[1][::2] < 0.3 * lengths[0][::2]).all()
 
 
 def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
@@ -152,7 +155,8 @@ def test_a_short_run_learns(tmp_path: Path, trainer: MakeTrainer) -> None:
 def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: MakeTrainer) -> None:
     def steps(run: Trainer, count: int) -> None:
         for _ in range(count):
-            run.end_stage()
+            if run.schedule.stage_ends:
+                run.start_flow_stage()
             run.train_step(elapsed=0.0)
 
     options = ["--steps", "20", "--reuse", "2"]
@@ -160,10 +164,10 @@ def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: Mak
     steps(whole, 12)
     first = trainer(tmp_path / "parts", *options)
     steps(first, 7)
-    first.checkpoint()
+    first.save()
     second = trainer(tmp_path / "parts", *options)
-    assert second.step == 7
-    assert not second.stage.matching
+    assert second.schedule.step == 7
+    assert not second.schedule.stage.matching
     steps(second, 5)
     for name, value in whole.trainee.state_dict().items():
         assert torch.equal(value, second.trainee.state_dict()[name]), name
@@ -198,7 +202,7 @@ def test_a_network_is_stacked_on_a_weights_file_which_stays(
 def test_a_cascade_is_tuned_end_to_end_from_later_files_first(
     tmp_path: Path, trainer: MakeTrainer, stored: Path
 ) -> None:
-    trainer(tmp_path / "cs", "--network", "FlowNet2-cs", "--from", str(stored)).checkpoint()
+    trainer(tmp_path / "cs", "--network", "FlowNet2-cs", "--from", str(stored)).save()
     both = tmp_path / "cs.safetensors"
     save_weights(finished_model(tmp_path / "cs")[0], both, "an older test", "none")
     options = ["--from", str(both), "--from", str(stored), "--train", "net1", "net2"]
@@ -255,7 +259,10 @@ def test_validation_is_the_mean_error_of_each_family(
     for name, average in run.average.named_parameters():
         if "predict" in name:
             average.data.zero_()
-    assert run.validate() == pytest.approx([2e3, 5e3])
+    errors = run.validation.errors(run.predict)
+    assert (errors["a"], errors["b"]) == pytest.approx((2e3, 5e3))
+    assert errors["100+"] == errors["outside"] == pytest.approx(3e3)
+    assert np.isnan(errors["inside"])
     run.run()
     with (tmp_path / "run" / "validation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
