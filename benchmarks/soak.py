@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import numpy.typing as npt
 import psutil
@@ -133,8 +133,8 @@ async def soak(
 ) -> Counter[str]:
     """Load the service through the drill; how many requests ended how."""
     pairs = [request(seed) for seed in range(PAIRS)]
-    limits = httpx.Limits(max_keepalive_connections=0)  # one may be closed when it is used again
-    async with httpx.AsyncClient(base_url=url, timeout=150, limits=limits) as client:
+    limits = httpx2.Limits(max_keepalive_connections=0)  # one may be closed when it is used again
+    async with httpx2.AsyncClient(base_url=url, timeout=150, limits=limits) as client:
         expected = [read_flow(await post(client, pair)) for pair in pairs]
         outcomes: Counter[str] = Counter()
         turns = itertools.cycle(range(PAIRS))
@@ -145,8 +145,8 @@ async def soak(
                 turn = next(turns)
                 try:
                     response = await post(client, pairs[turn])
-                except httpx.TransportError as error:
-                    away = isinstance(error, httpx.ConnectError) and not service.up
+                except httpx2.TransportError as error:
+                    away = isinstance(error, httpx2.ConnectError) and not service.up
                     outcomes[AWAY if away else repr(error)] += 1
                     await asyncio.sleep(0.2)
                 else:
@@ -199,7 +199,7 @@ async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
     """What is wrong with the Tritons, or with the gateway's view of them, after a while."""
     end = time.monotonic() + RECOVERY_SECONDS
     faults = ["not asked"]
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx2.AsyncClient(base_url=url) as client:
         while faults and time.monotonic() < end:
             await asyncio.sleep(0.5)
             faults = []
@@ -211,33 +211,33 @@ async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
                 faults += [fault] if fault else []
             try:
                 metrics = (await client.get("/metrics")).text
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 metrics = repr(error)
             if "flownet2_endpoints_serving 2.0" not in metrics:
                 faults.append("the gateway does not use both Tritons")
     return faults
 
 
-def outcome(response: httpx.Response, expected: npt.NDArray[np.float32]) -> str:
+def outcome(response: httpx2.Response, expected: npt.NDArray[np.float32]) -> str:
     """How a request ended."""
-    if response.status_code == httpx.codes.OK:
+    if response.status_code == httpx2.codes.OK:
         distance = np.linalg.norm(read_flow(response) - expected, axis=2).mean()
         return RIGHT if distance <= TOLERANCE_PX else "a wrong flow"
     if (
-        response.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        response.status_code == httpx2.codes.SERVICE_UNAVAILABLE
         and "retry-after" in response.headers
     ):
         return REFUSED
     return f"{response.status_code} {response.text[:100]}"
 
 
-async def post(client: httpx.AsyncClient, pair: dict[str, bytes]) -> httpx.Response:
+async def post(client: httpx2.AsyncClient, pair: dict[str, bytes]) -> httpx2.Response:
     """Ask for the flow of a pair."""
     headers = {"Accept": "application/x-npy", "X-Request-Timeout": "120"}
     return await client.post("/estimate_flow/", files=pair, headers=headers)
 
 
-def read_flow(response: httpx.Response) -> npt.NDArray[np.float32]:
+def read_flow(response: httpx2.Response) -> npt.NDArray[np.float32]:
     """The flow in a response, float32 [512, 512, 2]."""
     response.raise_for_status()
     flow: npt.NDArray[np.float32] = np.load(io.BytesIO(response.content), allow_pickle=False)

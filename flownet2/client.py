@@ -19,7 +19,7 @@ from flownet2.contract import (
     MINIMUM_SIDE,
     MODEL_NAME,
 )
-from flownet2.errors import Error
+from flownet2.errors import Error, requires_extra
 from flownet2.formats import Flow, Mask
 from flownet2.images import Frame, ImageError, Pixels, Source
 from flownet2.measures import occluded
@@ -95,17 +95,17 @@ class _Gateway:
     """A gateway: takes image files, returns `.npy` or `.npz`."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None, timeout: float) -> None:
-        import httpx  # noqa: PLC0415  slow to import, and only needed here
+        import httpx2  # noqa: PLC0415  slow to import, and only needed here
 
-        self._httpx = httpx
+        self._httpx2 = httpx2
         self._url = url
         self._query = {"size": "native", **({"model": model} if model else {})}
         # A proxy that the environment names is for the way out.
         local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-        self._client = httpx.AsyncClient(
+        self._client = httpx2.AsyncClient(
             base_url=url,
-            timeout=httpx.Timeout(timeout + 10.0, connect=10.0),
-            limits=httpx.Limits(max_connections=None),
+            timeout=httpx2.Timeout(timeout + 10.0, connect=10.0),
+            limits=httpx2.Limits(max_connections=None),
             headers={
                 "X-Request-Timeout": f"{timeout:g}",
                 **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
@@ -137,9 +137,9 @@ class _Gateway:
     async def _ask(self, method: str, path: str, **options: Any) -> bytes:
         try:
             response = await self._client.request(method, path, **options)
-        except self._httpx.TransportError as error:
+        except self._httpx2.TransportError as error:
             raise _Unavailable(_unreachable(self._url, error)) from error
-        if response.status_code == self._httpx.codes.OK:
+        if response.status_code == self._httpx2.codes.OK:
             content: bytes = response.content
             return content
         raise self._error(response)
@@ -167,7 +167,8 @@ class _Triton:
     """A Triton: takes pixels, returns their flow."""
 
     def __init__(self, url: str, model: str | None, timeout: float) -> None:
-        import tritonclient.grpc.aio as triton  # noqa: PLC0415  slow, and only needed here
+        with requires_extra("grpc"):
+            import tritonclient.grpc.aio as triton  # noqa: PLC0415  slow, and only needed here
 
         self._triton = triton
         self._url = url

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from flownet2.errors import requires_extra
+
 
 def is_url(path: str) -> bool:
     """Whether the path has a scheme, such as s3://."""
@@ -145,7 +147,8 @@ def matching(pattern: str) -> list[str]:
 @contextlib.contextmanager
 def _remote(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path there; what its library raises becomes OSError."""
-    import fsspec  # noqa: PLC0415  slow to import, and only needed here
+    with requires_extra("cli"):
+        import fsspec  # noqa: PLC0415  slow to import, and only needed here
 
     try:
         yield fsspec.core.url_to_fs(url)

@@ -37,6 +37,6 @@ def configure(level: str) -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
             "root": {"level": level, "handlers": ["stderr"]},
             # Per-request messages of libraries; the gateway's own access log says more.
-            "loggers": {"python_multipart": {"level": "ERROR"}, "httpx": {"level": "WARNING"}},
+            "loggers": {"python_multipart": {"level": "ERROR"}},
         }
     )

@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,9 +16,9 @@ from tests.support.stack import ROOT, Stack
 SAMPLES = sorted(path.parent for path in (ROOT / "samples").glob("*/gt.flo"))
 
 
-def post(stack: Stack, *images: bytes, **options: object) -> httpx.Response:
+def post(stack: Stack, *images: bytes, **options: object) -> httpx2.Response:
     body = {f"image{i}_base64": base64.b64encode(x).decode() for i, x in enumerate(images, 1)}
-    return httpx.post(f"{stack.url}/estimate_flow/", json=body, timeout=120, **options)
+    return httpx2.post(f"{stack.url}/estimate_flow/", json=body, timeout=120, **options)
 
 
 def epe(flow: np.ndarray, truth: np.ndarray) -> float:

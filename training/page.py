@@ -9,7 +9,7 @@ import io
 import json
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -27,7 +27,7 @@ def write_sample(pair: Path, url: str, folder: Path) -> None:
         file = folder / f"{name}.jpg"
         Image.open(pair / f"frame{index}.png").save(file, quality=92)
         images[name] = file.read_bytes()
-    response = httpx.post(
+    response = httpx2.post(
         f"{url}/estimate_flow/?size=native&direction=both",
         files=images,
         headers={"Accept": "application/x-npz"},
@@ -36,7 +36,7 @@ def write_sample(pair: Path, url: str, folder: Path) -> None:
     arrays = np.load(io.BytesIO(response.content))
     flow = np.round(arrays["flow"] * STEPS) / np.float32(STEPS)
     np.savez_compressed(folder / "flow.npz", flow=flow, occluded=arrays["occluded"])
-    models = httpx.get(f"{url}/models").raise_for_status().json()["models"]
+    models = httpx2.get(f"{url}/models").raise_for_status().json()["models"]
     about = next(model for model in models if model["default"])
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
 

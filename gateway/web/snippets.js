@@ -41,11 +41,11 @@ function withoutClient(request, first, second, withKey) {
   return [
     `import io${withKey ? "\nimport os" : ""}`,
     "",
-    "import httpx",
+    "import httpx2",
     "import numpy as np",
     "",
     `with open(${first}, "rb") as image1, open(${second}, "rb") as image2:`,
-    `    response = httpx.post(`,
+    `    response = httpx2.post(`,
     `        ${python(new URL(path, BASE).href)},`,
     `        files={"image1": image1, "image2": image2},`,
     `        headers={"Accept": ${python(accept)}${key}},`,

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 from types import ModuleType
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_plain_web_layer_answers_as_the_gateway_does(sample: Path) -> None:
                 assert web.load(service.port, request, clients=2, seconds=0.2) >= 2
                 assert service.cpu() > before
                 url = f"http://127.0.0.1:{service.port}{request.path}"
-                document = httpx.post(url, content=request.body, timeout=60).json()
+                document = httpx2.post(url, content=request.body, timeout=60).json()
                 names.append(document.keys())
                 flows.append(document["flow"])
     assert names[0] == names[1]
@@ -102,7 +102,7 @@ def test_own_servers_are_measured_without_a_proxy(
     monkeypatch.setenv("no_proxy", "example.org")
     report.bypass_proxies()
     address = closed_form_triton.address
-    assert httpx.get(f"http://{address.http}/v2/health/ready").status_code == 200
+    assert httpx2.get(f"http://{address.http}/v2/health/ready").status_code == 200
     with grpc.InferenceServerClient(address.grpc) as client:
         assert client.is_server_ready(client_timeout=30)
 

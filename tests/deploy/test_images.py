@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 import pytest
@@ -157,7 +157,7 @@ class Container:
         while True:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            with contextlib.suppress(httpx.TransportError):
+            with contextlib.suppress(httpx2.TransportError):
                 if condition():
                     return
             time.sleep(0.2)
@@ -294,7 +294,7 @@ def models(store: Store) -> Path:
 def assert_right_flow(url: str, model: str) -> None:
     """The flow of a sample, asked for as the API's users do, against the true one."""
     files = [(SAMPLE / f"frame{i}.png").read_bytes() for i in (0, 1)]
-    response = httpx.post(f"{url}/estimate_flow/?model={model}", json=as_json(*files), timeout=120)
+    response = httpx2.post(f"{url}/estimate_flow/?model={model}", json=as_json(*files), timeout=120)
     assert response.status_code == 200, response.text
     body = response.json()
     flow = np.array(body["flow"])
@@ -338,7 +338,7 @@ def test_triton_and_the_gateway_serve(store: Store, models: Path) -> None:
     ):
         assert not triton.is_healthy()
         url = f"http://127.0.0.1:{port}"
-        gateway.wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        gateway.wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
         assert triton.is_healthy()
         assert triton.succeeds("python3", "-m", "launch.check")  # Kubernetes' liveness
         assert gateway.is_healthy()
@@ -356,7 +356,7 @@ def test_one_container_serves(store: Store) -> None:
     environment = {name: str(port) for name, port in zip(names, free_ports(4), strict=True)}
     with store.run("flownet2", environment={"HOST": "127.0.0.1", **environment}) as container:
         url = f"http://127.0.0.1:{environment['PORT']}"
-        container.wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        container.wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
         assert container.is_healthy()
         assert_right_flow(url, "flownet2")
         assert container.stop() == 0

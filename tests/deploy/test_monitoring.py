@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import yaml
 
@@ -51,8 +51,8 @@ def test_queries_are_promql(tmp_path: Path) -> None:
 def test_queries_ask_for_metrics_that_exist(
     gateway: Gateway, closed_form_triton: triton.Triton
 ) -> None:
-    counted = names(httpx.get(f"{gateway.url}/metrics").text)
-    served = names(httpx.get(closed_form_triton.address.metrics).text) | GPU_METRICS
+    counted = names(httpx2.get(f"{gateway.url}/metrics").text)
+    served = names(httpx2.get(closed_form_triton.address.metrics).text) | GPU_METRICS
     asked = {
         name
         for text in expressions()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -73,7 +73,7 @@ def test_no_request_is_lost_when_tritons_come_and_go(
 
 def serving(url: str) -> int:
     """How many Tritons the gateway says serve, of those that it knows."""
-    endpoints = httpx.get(f"{url}/healthz", timeout=30).json()["triton"]
+    endpoints = httpx2.get(f"{url}/healthz", timeout=30).json()["triton"]
     return len(endpoints) if all(one["models"] for one in endpoints) else 0
 
 
@@ -83,7 +83,7 @@ async def ask_while(url: str, work: Callable[[], None]) -> Counter[str]:
     counted: Counter[str] = Counter()
     done = asyncio.Event()
 
-    async def ask(client: httpx.AsyncClient, seed: int) -> None:
+    async def ask(client: httpx2.AsyncClient, seed: int) -> None:
         files = {f"image{i}": encoded(image) for i, image in enumerate(pairs[seed], 1)}
         one, two = (np.asarray(image, np.float32) for image in pairs[seed])
         while not done.is_set():
@@ -95,7 +95,7 @@ async def ask_while(url: str, work: Callable[[], None]) -> Counter[str]:
             counted["right" if np.allclose(flow, (two - one)[..., :2] / 8) else "wrong"] += 1
 
     headers = {"Accept": "application/x-npy"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
+    async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
         asking = [asyncio.create_task(ask(client, seed)) for seed in range(CLIENTS)]
         await asyncio.to_thread(work)
         done.set()

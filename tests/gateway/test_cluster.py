@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 import pytest
@@ -163,7 +163,7 @@ def repository(tmp_path: Path) -> Path:
 def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> None:
     first, second = picture(1), picture(2)
     body = as_json(encoded(first), encoded(second))
-    responses: list[httpx.Response] = []
+    responses: list[httpx2.Response] = []
     stop = threading.Event()
     stays, goes = triton.local_address(), triton.local_address()
     with triton.serve(repository, address=stays), triton.serve(repository, address=goes) as victim:
@@ -171,10 +171,10 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
         with run_gateway(endpoints, tmp_path / "log", GATEWAY_DEFAULT_TIMEOUT_S="60") as gateway:
             serving = "flownet2_endpoints_serving"
             metrics = f"{gateway.url}/metrics"
-            wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
+            wait_until(lambda: f"{serving} 2.0" in httpx2.get(metrics).text)
 
             def client() -> None:
-                with httpx.Client(timeout=120) as session:
+                with httpx2.Client(timeout=120) as session:
                     while not stop.is_set():
                         url = f"{gateway.url}/estimate_flow/"
                         responses.append(session.post(url, json=body))
@@ -182,10 +182,10 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
             clients = [threading.Thread(target=client) for _ in range(4)]
             for one in clients:
                 one.start()
-            wait_until(lambda: "flownet2_slots_used 4.0" in httpx.get(metrics).text)
+            wait_until(lambda: "flownet2_slots_used 4.0" in httpx2.get(metrics).text)
             time.sleep(0.5)  # from their slots to Triton, which takes a second for each
             os.kill(victim.child.pid, signal.SIGKILL)
-            wait_until(lambda: f"{serving} 1.0" in httpx.get(metrics).text)
+            wait_until(lambda: f"{serving} 1.0" in httpx2.get(metrics).text)
             after = len(responses)
             wait_until(lambda: len(responses) >= after + 5)
             stop.set()
@@ -194,7 +194,7 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
             assert "endpoint lost during a request" in (tmp_path / "log").read_text()
 
             with triton.serve(repository, address=goes):  # one that comes back is used again
-                wait_until(lambda: f"{serving} 2.0" in httpx.get(metrics).text)
+                wait_until(lambda: f"{serving} 2.0" in httpx2.get(metrics).text)
     assert {response.status_code for response in responses} == {200}
     expected = expected_flow(first, second)
     for response in responses:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import zstandard
@@ -43,7 +43,7 @@ FILES = {"image1": encoded(FIRST), "image2": encoded(SECOND)}
 
 
 def check_problem(
-    response: httpx.Response, status: int, slug: str, field: str | None = None
+    response: httpx2.Response, status: int, slug: str, field: str | None = None
 ) -> None:
     """The response is a complete problem document."""
     assert (response.status_code, response.headers["content-type"]) == (
@@ -111,7 +111,7 @@ class TestResponses:
 
     @pytest.mark.parametrize("size", ["512", "native"])
     def test_binary_formats_agree(self, gateway: Gateway, size: str) -> None:
-        def post(accept: str) -> httpx.Response:
+        def post(accept: str) -> httpx2.Response:
             response = gateway.client.post(
                 PATH, files=FILES, params={"size": size}, headers={"Accept": accept}
             )
@@ -140,10 +140,10 @@ class TestResponses:
         """One batch of two where a GPU takes it, else two; all as each direction alone gives it."""
 
         def counted(name: str) -> float:
-            text = httpx.get(closed_form_triton.address.metrics).text
+            text = httpx2.get(closed_form_triton.address.metrics).text
             return float(re.search(rf'^{name}{{model="flownet2",.*}} (\S+)$', text, re.M)[1])
 
-        def post(direction: str, accept: str) -> httpx.Response:
+        def post(direction: str, accept: str) -> httpx2.Response:
             response = gateway.client.post(
                 PATH,
                 files={f"image{i}": encoded(picture(i, side, 40)) for i in (1, 2)},
@@ -366,13 +366,13 @@ class TestTime:
     def test_queues_of_triton_told_apart(self, gateway: Gateway) -> None:
         """The slow model works on one request for 2 s and queues two more. The second request
         has no time to wait for the first; of five others, three at least find no place."""
-        responses: list[httpx.Response] = []
+        responses: list[httpx2.Response] = []
 
         def post(timeout: str) -> threading.Thread:
             def work() -> None:
                 url = f"{gateway.url}{PATH}?model=slow"
                 headers = {"X-Request-Timeout": timeout}
-                responses.append(httpx.post(url, json=BODY, headers=headers, timeout=60))
+                responses.append(httpx2.post(url, json=BODY, headers=headers, timeout=60))
 
             thread = threading.Thread(target=work)
             thread.start()
@@ -743,7 +743,7 @@ class TestLife:
 
             def post() -> None:
                 url = f"{gateway.url}{PATH}?model=slow"
-                responses.append(httpx.post(url, json=BODY, timeout=60).status_code)
+                responses.append(httpx2.post(url, json=BODY, timeout=60).status_code)
 
             client = threading.Thread(target=post)
             client.start()

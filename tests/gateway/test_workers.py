@@ -5,7 +5,7 @@ import signal
 import threading
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 
 from launch import triton
@@ -48,22 +48,22 @@ def test_processes_count_together_are_replaced_and_drain(
     ) as gateway:
 
         def metric(text: str) -> bool:
-            return f"flownet2_{text}\n" in httpx.get(f"{gateway.url}/metrics").text
+            return f"flownet2_{text}\n" in httpx2.get(f"{gateway.url}/metrics").text
 
         def metric_value(name: str) -> float:
-            text = httpx.get(f"{gateway.url}/metrics").text
+            text = httpx2.get(f"{gateway.url}/metrics").text
             return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
 
         def ready() -> int:
             """Status of a new connection, which any process may take; 0 without one."""
             try:
-                return httpx.get(f"{gateway.url}/readyz", verify=False).status_code
-            except httpx.TransportError:
+                return httpx2.get(f"{gateway.url}/readyz", verify=False).status_code
+            except httpx2.TransportError:
                 return 0
 
         def post(model: str = "flownet2") -> int:
             url = f"{gateway.url}{PATH}?model={model}"
-            return httpx.post(url, json=BODY, timeout=60).status_code
+            return httpx2.post(url, json=BODY, timeout=60).status_code
 
         wait_until(lambda: metric("slots 6.0") and metric("endpoints_serving 1.0"))
         assert [post() for _ in range(10)] == [200] * 10

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -143,7 +143,7 @@ def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
 
     def ask(launcher: Launcher) -> None:
-        with httpx.Client(headers={"Accept": "application/x-npy"}, timeout=60) as client:
+        with httpx2.Client(headers={"Accept": "application/x-npy"}, timeout=60) as client:
             while asking.is_set():
                 response = client.post(f"{launcher.url}/estimate_flow/", files=pair)
                 if response.status_code != 200:

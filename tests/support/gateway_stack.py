@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -117,13 +117,13 @@ class Gateway:
                 },
                 stderr=output,
             )
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx2.Client(base_url=self.url, timeout=60)
 
     def get(self, path: str) -> int:
         """Status of a GET; 0 where nothing listens."""
         try:
             return self.client.get(path).status_code
-        except httpx.TransportError:
+        except httpx2.TransportError:
             return 0
 
     def stop(self) -> int:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import av
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -83,7 +83,7 @@ def test_opens_on_a_result(page: Page) -> None:
 
 def test_the_sample_is_what_the_shipped_weights_give(stack: Stack) -> None:
     files = {name: (SAMPLE / f"{name}.jpg").read_bytes() for name in ("image1", "image2")}
-    response = httpx.post(
+    response = httpx2.post(
         f"{stack.url}/estimate_flow/?size=native",
         files=files,
         headers={"Accept": "application/x-npy"},
