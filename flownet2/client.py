@@ -295,15 +295,16 @@ class AsyncClient:
             patience: seconds for which servers that are full or away are asked again.
 
         Raises:
-            ValueError: a URL is none of these.
+            FlowError: a URL is none of these.
         """
         server = server or os.environ.get("FLOWNET2_URL") or DEFAULT_SERVER
         self.urls = [url.strip().rstrip("/") for url in server.split(",")]
         for url in self.urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https", "grpc") or not parts.netloc:
-                raise ValueError(
-                    f"{url} is not a server: give http://host:port or grpc://host:port"
+                raise FlowError(
+                    PROBLEM + "bad-server",
+                    f"{url} is not a server: give http://host:port or grpc://host:port",
                 )
         self._model = model
         self._api_key = api_key or os.environ.get("FLOWNET2_API_KEY")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from flownet2.client import AsyncClient
-from flownet2.formats import Flow, Mask, known, read_flow
+from flownet2.formats import Flow, FormatError, Mask, known, read_flow
 from flownet2.measures import end_point_error, fl
 
 SPEEDS = {"0-10": (0, 10), "10-40": (10, 40), "40+": (40, np.inf)}
@@ -146,9 +146,9 @@ class Errors:
     pairs: int = 0
 
     def add(self, flow: Flow, truth: Flow, occluded: Mask | None = None) -> None:
-        """Count a flow in; ValueError where its size is not that of the truth."""
+        """Count a flow in; FormatError where its size is not that of the truth."""
         if flow.shape != truth.shape:
-            raise ValueError(
+            raise FormatError(
                 f"the flow is {flow.shape[1]}x{flow.shape[0]} and the truth "
                 f"{truth.shape[1]}x{truth.shape[0]}"
             )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from flownet2 import storage
+from flownet2.errors import Error
 
 Pixels = npt.NDArray[np.uint8]
 Source = str | os.PathLike[str] | bytes | Image.Image | Pixels | Callable[[], Pixels]
@@ -18,7 +19,7 @@ Source = str | os.PathLike[str] | bytes | Image.Image | Pixels | Callable[[], Pi
 _SENT_AS_THEY_ARE = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")  # what a gateway takes: PNG, JPEG, WebP
 
 
-class ImageError(ValueError):
+class ImageError(Error):
     """An image that cannot be read or decoded; the message names it."""
 
 

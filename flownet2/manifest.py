@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flownet2 import storage
+from flownet2.errors import Error
 
 MANIFEST = "manifest.json"
 INDEX = "index.csv"
@@ -23,7 +24,7 @@ REWRITE_SECONDS = 10.0
 """How often the index is written to storage that cannot append."""
 
 
-class ManifestError(ValueError):
+class ManifestError(Error):
     """The output folder belongs to another run; the message says what differs."""
 
 

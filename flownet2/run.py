@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 from flownet2 import storage, writers
 from flownet2.client import AsyncClient, FlowError
+from flownet2.errors import Error
 from flownet2.formats import FormatError
 from flownet2.manifest import Index, Row, agree, checksum, forget
 from flownet2.models import Model
@@ -26,7 +27,7 @@ PATIENCE_SECONDS = 300.0
 """How long a run waits for servers that are away."""
 
 
-class RunError(Exception):
+class RunError(Error):
     """A run that ended early; the message says at which file and what to do."""
 
 
@@ -220,7 +221,7 @@ class _Runner:
                 done = all(target.index.has(name) for name in names)
                 yield _Step(target, pair, None if done else target.pairs)
                 target.pairs += not done
-        except (ValueError, OSError) as error:
+        except (Error, OSError) as error:
             yield _Step(target, error=str(error))
         yield _Step(target)
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flownet2.client import DEFAULT_SERVER, UNREACHABLE, Client, FlowError
+from flownet2.errors import Error
 from flownet2.processes import ending_with_parent
 
 CHECKOUT = Path(__file__).parent.parent
 START_SECONDS = 300.0
 
 
-class NoServer(Exception):
+class NoServer(Error):
     """There is no server, and none can be started; the message says what to do."""
 
 
@@ -32,7 +33,6 @@ def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
     Raises:
         NoServer: nothing answers.
         FlowError: something answers, but lists no models.
-        ValueError: a URL is none.
     """
     url = named or os.environ.get("FLOWNET2_URL")
     reason = _reason(url or DEFAULT_SERVER)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from flownet2 import storage, video
+from flownet2.errors import Error
 from flownet2.images import Frame, Pixels, shrunk
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -19,7 +20,7 @@ VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts
 CAMERA = re.compile(r"camera:(\d+)")
 
 
-class SourceError(ValueError):
+class SourceError(Error):
     """A source that cannot be read, or not to its end; the message names it and what to do."""
 
 

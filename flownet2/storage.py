@@ -7,12 +7,12 @@ import contextlib
 import glob
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from flownet2.errors import requires_extra
+from flownet2.files import write_atomically
 
 
 def is_url(path: str) -> bool:
@@ -54,16 +54,7 @@ def write(path: str, content: bytes, shared: bool = False) -> None:
             filesystem.makedirs(filesystem._parent(name), exist_ok=True)
             filesystem.pipe_file(name, content)
         return
-    part = _part_of(path, uuid.uuid4().hex if shared else "")
-    try:
-        part.write_bytes(content)
-    except FileNotFoundError:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-    except OSError as error:  # which does not name the file where the disk is full
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, path) from error
-    part.replace(path)
+    write_atomically(path, content, shared=shared)
 
 
 @contextlib.contextmanager
@@ -84,8 +75,8 @@ def written_aside(path: str) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _part_of(path: str, mark: str = "") -> Path:
-    return Path(path).with_name(f".{Path(path).name}{mark}.part")
+def _part_of(path: str) -> Path:
+    return Path(path).with_name(f".{Path(path).name}.part")
 
 
 def remove(path: str) -> None:

@@ -12,13 +12,14 @@ import av.error
 import numpy as np
 
 from flownet2 import storage
+from flownet2.errors import Error
 from flownet2.images import Pixels
 
 TICKS = 90_000
 """Ticks of a second in written videos."""
 
 
-class VideoError(ValueError):
+class VideoError(Error):
     """A video that cannot be read, or not to its end; the message names it and says how far."""
 
 

@@ -228,5 +228,5 @@ def test_the_key_and_the_server_come_from_the_environment(
 
 def test_addresses_that_are_none() -> None:
     for server in ("127.0.0.1:5003", "ftp://a", "http://a,", "grpc://"):
-        with pytest.raises(ValueError, match="is not a server"):
+        with pytest.raises(FlowError, match="is not a server"):
             Client(server)

@@ -1,0 +1,28 @@
+"""The command `flownet2`: flow of pairs, videos, folders and datasets, computed by a server."""
+
+import signal
+import sys
+from typing import NoReturn
+
+from flownet2.command.app import app
+from flownet2.command.terminal import fail
+from flownet2.errors import Error
+
+
+def main() -> NoReturn:
+    """Run the command.
+
+    Exit status: 0 on success, 1 with one line on errors, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    # A shell script ignores SIGINT in commands that it starts with `&`; Ctrl-C should end them too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    except Error as error:
+        fail(str(error))
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        fail(named)
+    sys.exit(0)

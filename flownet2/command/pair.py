@@ -1,0 +1,39 @@
+"""`flownet2 pair`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from flownet2 import service
+from flownet2.client import Client
+from flownet2.command.options import FormatName, ModelName, Server
+from flownet2.command.terminal import say
+from flownet2.formats import named_format, write_flow
+
+
+def pair(
+    first: Annotated[str, typer.Argument(metavar="A", help="The first image.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The second image.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write: .flo .npy .npz .pfm .png")
+    ],
+    format: FormatName = None,
+    server: Server = None,
+    model: ModelName = None,
+) -> None:
+    """Compute the flow between two images.
+
+    Example: flownet2 pair a.png b.png -o flow.flo
+    """
+    named_format(output.suffix, format)
+    with service.server(server, say) as url, Client(url, model=model) as client:
+        flow = client.flow(first, second).flow
+    write_flow(output, flow, format)
+    lengths = np.hypot(flow[..., 0], flow[..., 1])
+    height, width = lengths.shape
+    print(
+        f"{output}: {width}x{height}, mean motion {lengths.mean():.2f} pixels, "
+        f"largest {lengths.max():.2f}"
+    )
