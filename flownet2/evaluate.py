@@ -1,28 +1,25 @@
-"""Errors of a flow against the truth, on the benchmarks' own folders.
-
-Sintel, KITTI 2012 and 2015, Middlebury, FlyingChairs and FlyingThings3D, as they are unpacked.
-"""
+"""Errors of flow against the ground truth, of a file or of a server on a benchmark."""
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
 from flownet2.client import AsyncClient
-from flownet2.formats import Flow, FormatError, Mask, known, read_flow
-from flownet2.measures import end_point_error, fl
+from flownet2.datasets import Sample
+from flownet2.errors import Error
+from flownet2.formats import Flow, Mask, known
+from flownet2.measures import end_point_error, fl, nearest_truth
 
-SPEEDS = {"0-10": (0, 10), "10-40": (10, 40), "40+": (40, np.inf)}
-"""Lengths of true motion, in pixels, of which errors are reported apart, as Sintel does."""
+SPEEDS = (10.0, 40.0)
+"""Lengths of true motion, in pixels, between the groups that Sintel reports."""
 
 PAPER = "Ilg et al., FlowNet 2.0, CVPR 2017, table 4"
-# Training sets, by network: end-point error, and share of wrong pixels (Fl-all) where it is there.
-# Without Sintel's final pass, whose frames there lacked some effects, as the authors found later
+# Training sets, by network: end-point error, and share of wrong pixels (Fl-all) if it is given.
+# Sintel's final pass is left out: its frames lacked some effects, as the authors found later
 # (lmb-freiburg/flownet2, issue 13).
 PAPER_FIGURES: dict[tuple[str, str | None], tuple[float, float | None]] = {
     ("sintel clean", "FlowNet2"): (2.02, None),
@@ -32,190 +29,198 @@ PAPER_FIGURES: dict[tuple[str, str | None], tuple[float, float | None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Two frames, the file of their flow, and files of what counts and what is occluded."""
-
-    first: Path
-    second: Path
-    truth: Path
-    unoccluded: Path | None = None
-    occlusions: Path | None = None
-    invalid: Path | None = None
-
-    def read(self) -> tuple[Flow, Mask | None]:
-        """The true flow, NaN where it does not count, and what is occluded where that is known."""
-        flow = read_flow(self.truth)
-        if self.invalid is not None and self.invalid.exists():
-            flow[_mask(self.invalid)] = np.nan
-        if self.unoccluded is not None:
-            return flow, known(flow) & ~known(read_flow(self.unoccluded))
-        if self.occlusions is not None and self.occlusions.exists():
-            return flow, _mask(self.occlusions)
-        return flow, None
+class EvaluationError(Error):
+    """Raised for flow that cannot be compared with the ground truth."""
 
 
-def _mask(path: Path) -> Mask:
-    with Image.open(path) as image:
-        mask: Mask = np.asarray(image.convert("L")) > 0
-    return mask
+def motions(speeds: Sequence[float] = SPEEDS) -> dict[str, tuple[float, float]]:
+    """Return the ranges of length between speeds, by name: "0-10", "10-40", "40+"."""
+    return {
+        f"{low:g}+" if high == np.inf else f"{low:g}-{high:g}": (low, high)
+        for low, high in pairwise([0.0, *speeds, np.inf])
+    }
 
 
-def sintel(folder: Path) -> Iterator[tuple[str, Sample]]:
-    """MPI-Sintel: both passes of training/."""
-    training = folder / "training" if (folder / "training").is_dir() else folder
-    for kind in ("clean", "final"):
-        for truth in sorted(training.glob("flow/*/frame_*.flo")):
-            scene, number = truth.parent.name, int(truth.stem[-4:])
-            mask = Path(scene) / f"{truth.stem}.png"
-            yield (
-                f"sintel {kind}",
-                Sample(
-                    training / kind / scene / f"frame_{number:04}.png",
-                    training / kind / scene / f"frame_{number + 1:04}.png",
-                    truth,
-                    occlusions=training / "occlusions" / mask,
-                    invalid=training / "invalid" / mask,
-                ),
-            )
+def groups(
+    truth: Flow, occluded: Mask | None = None, speeds: Sequence[float] = SPEEDS
+) -> dict[str, Mask]:
+    """Group the pixels that have ground truth.
 
+    Args:
+        truth: `[H, W, 2]`, in pixels; NaN where it is unknown.
+        occluded: mask of the pixels that the second frame does not show.
+        speeds: lengths of motion between the groups, in pixels.
 
-def kitti(folder: Path) -> Iterator[tuple[str, Sample]]:
-    """KITTI 2012 or 2015: training/."""
-    training = folder / "training" if (folder / "training").is_dir() else folder
-    images = {"image_2": "kitti 2015", "colored_0": "kitti 2012", "image_0": "kitti 2012"}
-    for name, title in images.items():
-        if (training / name).is_dir():
-            for truth in sorted((training / "flow_occ").glob("*_10.png")):
-                first = training / name / truth.name
-                second = training / name / truth.name.replace("_10", "_11")
-                yield title, Sample(first, second, truth, training / "flow_noc" / truth.name)
-            return
-
-
-def middlebury(folder: Path) -> Iterator[tuple[str, Sample]]:
-    """Middlebury: other-data/ and other-gt-flow/."""
-    for truth in sorted(folder.glob("other-gt-flow/*/flow10.flo")):
-        frames = folder / "other-data" / truth.parent.name
-        yield "middlebury", Sample(frames / "frame10.png", frames / "frame11.png", truth)
-
-
-def chairs(folder: Path) -> Iterator[tuple[str, Sample]]:
-    """FlyingChairs: those of data/ that its list, if it is there, keeps for validation."""
-    truths = sorted(folder.glob("data/*_flow.flo"))
-    split = folder / "FlyingChairs_train_val.txt"
-    parts = split.read_text().split() if split.exists() else ["2"] * len(truths)
-    for truth, part in zip(truths, parts, strict=True):
-        if part == "2":
-            stem = str(truth).removesuffix("_flow.flo")
-            yield "chairs", Sample(Path(f"{stem}_img1.ppm"), Path(f"{stem}_img2.ppm"), truth)
-
-
-def things(folder: Path) -> Iterator[tuple[str, Sample]]:
-    """FlyingThings3D: the left camera's test set, forwards in time, in both passes."""
-    for kind in ("cleanpass", "finalpass"):
-        if not (folder / f"frames_{kind}").is_dir():
-            continue
-        for truth in sorted(folder.glob("optical_flow/TEST/*/*/into_future/left/*.pfm")):
-            scene = folder / f"frames_{kind}" / "TEST" / truth.parts[-5] / truth.parts[-4] / "left"
-            number = int(truth.stem.split("_")[1])
-            frames = [file for n in (number, number + 1) for file in scene.glob(f"{n:04}.*")]
-            if len(frames) == 2:  # the last flow of a scene leads out of it
-                yield f"things {kind}", Sample(frames[0], frames[1], truth)
-
-
-DATASETS: dict[str, Callable[[Path], Iterator[tuple[str, Sample]]]] = {
-    "sintel": sintel,
-    "kitti": kitti,
-    "middlebury": middlebury,
-    "chairs": chairs,
-    "things": things,
-}
+    Returns:
+        Masks `[H, W]`: "all"; by length of the true motion ("0-10", …); "inside" and "outside",
+        where the true motion ends; "visible" and "occluded" if `occluded` is given.
+    """
+    valid = known(truth)
+    length = np.hypot(truth[..., 0], truth[..., 1])
+    masks = {"all": valid}
+    for name, (low, high) in motions(speeds).items():
+        masks[name] = valid & (length >= low) & (length < high)
+    height, width = length.shape
+    x = np.arange(width) + truth[..., 0]
+    y = np.arange(height)[:, None] + truth[..., 1]
+    inside = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
+    masks |= {"inside": valid & inside, "outside": valid & ~inside}
+    if occluded is not None:
+        masks |= {"visible": valid & ~occluded, "occluded": valid & occluded}
+    return masks
 
 
 @dataclass
 class Errors:
-    """Errors over many pixels: sums and counts, by what the pixels have in common.
+    """Sums of end-point errors over any number of pairs, by the groups of `groups`.
 
-    As the benchmarks do: of all known pixels of a set, whichever pair they are of.
+    Pixels of all pairs count equally, as in the benchmarks. A pixel with ground truth but without
+    a prediction is wrong (`fl_all`, `share_beyond`), counts as a prediction of zero motion in the
+    end-point error, and is counted in `missing`.
+
+    Attributes:
+        speeds: lengths of true motion between the groups, in pixels.
     """
 
+    speeds: Sequence[float] = SPEEDS
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    beyond: dict[int, int] = field(default_factory=lambda: {1: 0, 3: 0})
     wrong: int = 0
+    missing: int = 0
     pairs: int = 0
 
-    def add(self, flow: Flow, truth: Flow, occluded: Mask | None = None) -> None:
-        """Count a flow in; FormatError where its size is not that of the truth."""
-        if flow.shape != truth.shape:
-            raise FormatError(
-                f"the flow is {flow.shape[1]}x{flow.shape[0]} and the truth "
+    def add(
+        self,
+        flow: Flow,
+        truth: Flow,
+        occluded: Mask | None = None,
+        *,
+        supersampled: bool = False,
+    ) -> None:
+        """Add the errors of a pair.
+
+        Args:
+            flow: the prediction `[height, width, 2]`, in pixels; NaN where there is none.
+            truth: the ground truth; NaN where it does not count.
+            occluded: mask `[height, width]` of pixels that the second frame does not show.
+            supersampled: whether `truth` has four vectors for each pixel, of which the nearest to
+                the prediction counts.
+
+        Raises:
+            EvaluationError: the sizes differ.
+        """
+        scale = 2 if supersampled else 1
+        height, width, _ = flow.shape
+        if truth.shape != (scale * height, scale * width, 2):
+            raise EvaluationError(
+                f"the flow is {width}x{height} and the ground truth "
                 f"{truth.shape[1]}x{truth.shape[0]}"
             )
+        predicted = known(flow)
+        flow = np.where(predicted[..., None], flow, np.float32(0))
+        if supersampled:
+            truth = nearest_truth(flow, truth)
         error = end_point_error(flow, truth)
-        valid = known(truth) & known(flow)
-        speed = np.hypot(truth[..., 0], truth[..., 1])
-        self._count("all", error[valid])
-        for name, (low, high) in SPEEDS.items():
-            self._count(name, error[valid & (speed >= low) & (speed < high)])
-        if occluded is not None:
-            self._count("occluded", error[valid & occluded])
-        self.wrong += int((fl(flow, truth) & valid).sum())
+        masks = groups(truth, occluded, self.speeds)
+        for name, mask in masks.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(error[mask].sum())
+            self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
+        valid = masks["all"]
+        missing = valid & ~predicted
+        for pixels in self.beyond:
+            self.beyond[pixels] += int((valid & (error > pixels) | missing).sum())
+        self.wrong += int((valid & fl(flow, truth) | missing).sum())
+        self.missing += int(missing.sum())
         self.pairs += 1
 
-    def _count(self, name: str, errors: npt.NDArray[np.float64]) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(errors.sum())
-        self.counts[name] = self.counts.get(name, 0) + errors.size
+    def merge(self, other: "Errors") -> None:
+        """Add the errors of all pairs of another object."""
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+            self.sums[name] = self.sums.get(name, 0.0) + other.sums[name]
+        for pixels, count in other.beyond.items():
+            self.beyond[pixels] += count
+        self.wrong += other.wrong
+        self.missing += other.missing
+        self.pairs += other.pairs
 
-    def mean(self, name: str = "all") -> float | None:
-        """Mean end-point error, in pixels, of one kind of pixel; None without any."""
-        count = self.counts.get(name, 0)
-        return self.sums[name] / count if count else None
+    def mean(self, group: str = "all") -> float | None:
+        """Return the mean end-point error of a group, in pixels; None without pixels."""
+        count = self.counts.get(group, 0)
+        return self.sums[group] / count if count else None
 
     @property
     def fl_all(self) -> float | None:
-        """Share of wrong pixels."""
-        return self.wrong / self.counts["all"] if self.counts.get("all") else None
+        """Share of wrong pixels by KITTI's rule, 0 to 1; None without pixels."""
+        return self._share(self.wrong)
+
+    @property
+    def share_missing(self) -> float | None:
+        """Share of pixels without a prediction, 0 to 1; None without pixels."""
+        return self._share(self.missing)
+
+    def share_beyond(self, pixels: int) -> float | None:
+        """Return the share of pixels off by more than 1 or 3 pixels; None without pixels."""
+        return self._share(self.beyond[pixels])
+
+    def _share(self, count: int) -> float | None:
+        return count / self.counts["all"] if self.counts.get("all") else None
 
 
 async def evaluate(
-    samples: Iterable[tuple[str, Sample]],
+    samples: Iterable[Sample],
     client: AsyncClient,
     jobs: int,
     advance: Callable[[], None],
-) -> dict[str, Errors]:
-    """Errors of a server's flow, by set.
+) -> dict[tuple[str, str], Errors]:
+    """Compute the errors of a server's flow, by set and sequence.
 
     Args:
-        samples: set and sample, as the functions of `DATASETS` give them.
-        client: who is asked.
-        jobs: requests under way at a time.
-        advance: called for each sample that is done.
+        samples: the pairs.
+        client: the client of the server.
+        jobs: number of concurrent requests.
+        advance: called after each pair.
 
     Raises:
-        FlowError, FormatError, OSError: a sample that cannot be had.
+        Error: a pair cannot be read, or the server returns no flow for it.
+        OSError: a file cannot be read.
     """
-    errors: dict[str, Errors] = {}
-    under_way: deque[tuple[str, Sample, asyncio.Task[Flow]]] = deque()
+    errors: dict[tuple[str, str], Errors] = {}
+    pending: deque[tuple[Sample, asyncio.Task[Flow]]] = deque()
 
-    async def ask(sample: Sample) -> Flow:
+    async def request(sample: Sample) -> Flow:
         return (await client.flow(sample.first, sample.second)).flow
 
+    def add(sample: Sample, flow: Flow) -> None:
+        truth, occluded = sample.read()
+        of_sequence = errors.setdefault((sample.title, sample.sequence), Errors())
+        try:
+            of_sequence.add(flow, truth, occluded, supersampled=sample.supersampled)
+        except EvaluationError as error:
+            raise EvaluationError(f"{sample.truth}: {error}") from error
+
     async def finish() -> None:
-        name, sample, task = under_way.popleft()
-        flow = await task
-        truth, occluded = await asyncio.to_thread(sample.read)
-        await asyncio.to_thread(errors.setdefault(name, Errors()).add, flow, truth, occluded)
+        sample, task = pending.popleft()
+        await asyncio.to_thread(add, sample, await task)
         advance()
 
     try:
-        for name, sample in samples:
-            if len(under_way) == jobs:
+        for sample in samples:
+            if len(pending) == jobs:
                 await finish()
-            under_way.append((name, sample, asyncio.create_task(ask(sample))))
-        while under_way:
+            pending.append((sample, asyncio.create_task(request(sample))))
+        while pending:
             await finish()
     finally:
-        for _, _, task in under_way:
+        for _, task in pending:
             task.cancel()
     return errors
+
+
+def totals(errors: dict[tuple[str, str], Errors]) -> dict[str, Errors]:
+    """Sum up the errors of the sequences of each set."""
+    sums: dict[str, Errors] = {}
+    for (title, _), of_sequence in errors.items():
+        sums.setdefault(title, Errors()).merge(of_sequence)
+    return sums

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flownet2 import png, storage
+from flownet2 import png
 from flownet2.colours import colours
-from flownet2.errors import Error
+from flownet2.errors import Error, requires_extra
+from flownet2.files import write_atomically
 
 Flow = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -153,7 +154,8 @@ def from_hdf5(content: bytes) -> Flow:
     """Return the data set `flow` of an HDF5 file, such as Spring's .flo5.
 
     Raises:
-        FormatError: the file is damaged, or has no such data set, or h5py is not installed.
+        FormatError: the file is damaged, or has no such data set.
+        MissingExtra: h5py is not installed.
     """
     h5py = _h5py()
     try:
@@ -173,10 +175,8 @@ def from_hdf5(content: bytes) -> Flow:
 
 
 def _h5py() -> Any:
-    try:
-        import h5py  # noqa: PLC0415  an extra
-    except ImportError as error:
-        raise FormatError("HDF5 needs h5py: pip install 'flownet2-triton[hdf5]'") from error
+    with requires_extra("hdf5"):
+        import h5py  # noqa: PLC0415
     return h5py
 
 
@@ -228,7 +228,8 @@ def from_kitti(content: bytes) -> Flow:
     """Return the flow of a KITTI flow PNG.
 
     Raises:
-        FormatError: the file is damaged or not a PNG of 16-bit RGB, or PyAV is not installed.
+        FormatError: the file is damaged or not a PNG of 16-bit RGB.
+        MissingExtra: PyAV is not installed.
     """
     try:
         coded = png.decode_16_bit_rgb(content).astype(np.float32)
@@ -336,7 +337,7 @@ def write_flow(path: str | os.PathLike[str], flow: Flow, format: str | None = No
         content = encode(_as_flow(np.asarray(flow)))
     except FormatError as error:
         raise FormatError(f"{path} cannot be written: {error}") from error
-    storage.write(os.fspath(path), content)
+    write_atomically(path, content)
 
 
 def named_format(suffix: str, name: str | None = None) -> Format:

@@ -1,6 +1,6 @@
-"""Numbers of the literature: end-point error, KITTI's Fl, warping and occlusion.
+"""Measures of flow: end-point error, KITTI's Fl, warping and occlusion.
 
-All in NumPy and exact: OpenCV's `remap` rounds positions to 1/32 of a pixel.
+Everything is exact and in NumPy; OpenCV's `remap` rounds positions to 1/32 of a pixel.
 """
 
 from typing import TypeVar
@@ -8,35 +8,65 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from flownet2.formats import Flow, Mask
+from flownet2.formats import Flow, Mask, known
 
 Value = TypeVar("Value", np.float32, np.complex64)
 
 
 def end_point_error(flow: Flow, truth: Flow) -> npt.NDArray[np.float64]:
-    """Distance of each vector from the true one, in pixels, [H, W]; NaN where either is unknown."""
+    """Return the distance of each vector from the true one, in pixels, `[H, W]`.
+
+    It is NaN where either is unknown.
+    """
     difference = flow.astype(np.float64) - truth
     error: npt.NDArray[np.float64] = np.hypot(difference[..., 0], difference[..., 1])
     return error
 
 
 def fl(flow: Flow, truth: Flow) -> Mask:
-    """Where KITTI counts the flow as wrong, [H, W]: off by more than 3 pixels and by more than 5 %
-    of the true vector (Menze and Geiger, CVPR 2015). Its mean over known truth is Fl-all."""
+    """Return where KITTI counts the flow as wrong, bool `[H, W]`.
+
+    A vector is wrong if it is off by more than 3 pixels and by more than 5 % of the true vector's
+    length (Menze and Geiger, CVPR 2015). The mean over all pixels with ground truth is Fl-all.
+    """
     error = end_point_error(flow, truth)
     wrong: Mask = (error > 3) & (error > 0.05 * np.hypot(truth[..., 0], truth[..., 1]))
     return wrong
 
 
+def nearest_truth(flow: Flow, truth: Flow) -> Flow:
+    """Choose, of the four true vectors of each pixel, the one that is nearest to the flow.
+
+    This is how the Spring benchmark compares flow at the frames' size with ground truth of twice
+    the height and width (Mehl et al., CVPR 2023).
+
+    Args:
+        flow: `[H, W, 2]`.
+        truth: `[2H, 2W, 2]`, in pixels of the flow's grid; NaN where it is unknown.
+
+    Returns:
+        float32 `[H, W, 2]`, NaN where all four are unknown.
+    """
+    height, width, _ = flow.shape
+    blocks = truth.reshape(height, 2, width, 2, 2).transpose(0, 2, 1, 3, 4)
+    four = blocks.reshape(height, width, 4, 2)
+    error = np.hypot(*np.moveaxis(four.astype(np.float64) - flow[:, :, None], 3, 0))
+    error[~np.isfinite(error)] = np.inf
+    nearest: Flow = np.take_along_axis(four, error.argmin(axis=2)[..., None, None], axis=2)[:, :, 0]
+    nearest = nearest.copy()
+    nearest[~known(nearest)] = np.nan
+    return nearest
+
+
 def warp(image: npt.NDArray[np.generic], flow: Flow) -> npt.NDArray[np.float32]:
-    """The image seen through the flow: at each x the value of `image` at x + flow(x), bilinear.
+    """Warp an image: return at each x the value of `image` at x + flow(x), bilinear.
 
     Args:
         image: [H, W, C] of any real type; usually the second frame.
         flow: [H, W, 2].
 
     Returns:
-        float32 [H, W, C], zero where x + flow(x) is outside of the image.
+        float32 [H, W, C], zero where x + flow(x) is outside the image or unknown.
     """
     inside, warped = _sample(image.astype(np.float32, copy=False), flow)
     warped[~inside] = 0
@@ -44,13 +74,14 @@ def warp(image: npt.NDArray[np.generic], flow: Flow) -> npt.NDArray[np.float32]:
 
 
 def occluded(forward: Flow, backward: Flow) -> Mask:
-    """Pixels of the first image that the second does not show, bool [H, W].
+    """Return which pixels of the first image the second does not show, bool [H, W].
 
-    Those that leave the image, and those whose way there and back does not end where it began:
-    |f(x) + b(x + f(x))|^2 > 0.01 (|f(x)|^2 + |b(x + f(x))|^2) + 0.5 (Sundaram, Brox and Keutzer,
-    "Dense Point Trajectories by GPU-Accelerated Large Displacement Optical Flow", ECCV 2010).
+    These are the pixels that leave the image, and those at which the forward and the backward flow
+    are inconsistent: |f(x) + b(x + f(x))|^2 > 0.01 (|f(x)|^2 + |b(x + f(x))|^2) + 0.5
+    (Sundaram, Brox and Keutzer, "Dense Point Trajectories by GPU-Accelerated Large Displacement
+    Optical Flow", ECCV 2010).
     """
-    # As complex numbers: half as many values to pick, and no sums over an axis of two.
+    # Complex numbers halve the number of lookups and avoid sums over an axis of two.
     there = np.ascontiguousarray(forward, np.float32).view(np.complex64)
     inside, back = _sample(np.ascontiguousarray(backward, np.float32).view(np.complex64), forward)
     consistent: Mask = _square(there + back) <= 0.01 * (_square(there) + _square(back)) + 0.5
@@ -62,7 +93,7 @@ def _square(vectors: npt.NDArray[np.complex64]) -> npt.NDArray[np.float32]:
 
 
 def _sample(image: npt.NDArray[Value], flow: Flow) -> tuple[Mask, npt.NDArray[Value]]:
-    """Where x + flow(x) is inside of the image, [H, W], and the image's bilinear values there."""
+    """Sample an image at x + flow(x): where that is inside, [H, W], and the bilinear values."""
     height, width = flow.shape[:2]
     x = np.arange(width, dtype=np.float32) + flow[..., 0]
     y = np.arange(height, dtype=np.float32)[:, None] + flow[..., 1]

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from flownet2.errors import Error
+from flownet2.errors import Error, requires_extra
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _RGB = 2
@@ -48,14 +48,13 @@ def decode_16_bit_rgb(content: bytes) -> npt.NDArray[np.uint16]:
     """Return the pixels of a PNG of 16-bit RGB, uint16 `[height, width, 3]`.
 
     Raises:
-        PngError: the file is damaged, cut off or of another kind, or PyAV is not installed.
+        PngError: the file is damaged, cut off or of another kind.
+        MissingExtra: PyAV is not installed.
     """
     _check(content)
-    try:
-        import av  # noqa: PLC0415  slow to import, and an extra
+    with requires_extra("cli"):
+        import av  # noqa: PLC0415  slow to import
         import av.error  # noqa: PLC0415
-    except ImportError as error:
-        raise PngError("reading it needs PyAV: pip install 'flownet2-triton[cli]'") from error
     try:
         with av.open(io.BytesIO(content), mode="r", format="png_pipe") as file:
             picture = next(file.decode(video=0))

@@ -25,52 +25,57 @@ from PIL import Image
 
 from flownet2.colours import colours
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS
-from flownet2.formats import Flow, Mask
-from flownet2.measures import end_point_error
+from flownet2.evaluate import Errors
+from flownet2.formats import Flow
 from training.pairs import Pair, read_pairs
 
 Image8 = npt.NDArray[np.uint8]
 Method = Callable[[Image8, Image8], Flow]
 
-BAD_PIXELS = 3.0
+SPEEDS = (2.0, 10.0, 40.0)
+"""Lengths of true motion, in pixels, between the rows of visible pixels."""
 opencv: Any = cv2  # its type stubs leave out half of what is used here
 
 
 @dataclass(frozen=True)
 class Score:
-    """One method on one pair: mean end-point error in pixels, share of valid pixels off by more
-    than 3 pixels, sum of errors and number of pixels by :func:`kinds`, and the time taken."""
+    """Errors of one method on one pair.
 
-    epe: float
-    bad: float
-    kinds: dict[str, tuple[float, int]]
+    Attributes:
+        errors: over all pixels with ground truth.
+        visible: over those of them that are visible in both frames, if occlusions are known.
+        milliseconds: time of the method.
+    """
+
+    errors: Errors
+    visible: Errors | None
     milliseconds: float
 
+    @property
+    def epe(self) -> float:
+        """Mean end-point error, in pixels."""
+        return self.errors.mean() or 0.0
 
-def kinds(pair: Pair) -> dict[str, Mask]:
-    """Pixels whose errors are told apart, where occlusions are known."""
-    if pair.occluded is None:
-        return {}
-    visible = pair.valid & ~pair.occluded
-    length = np.hypot(pair.flow[..., 0], pair.flow[..., 1])
-    return {
-        "visible": visible,
-        "occluded": pair.valid & pair.occluded,
-        **{
-            f"visible, {low} to {high} px": visible & (length >= low) & (length < high)
-            for low, high in ((0, 2), (2, 10), (10, 40))
-        },
-    }
+
+# Rows of the table where occlusions are known: title, whether of visible pixels alone, and group.
+_ROWS = (
+    ("visible", True, "all"),
+    ("occluded", False, "occluded"),
+    ("visible, 0 to 2 px", True, "0-2"),
+    ("visible, 2 to 10 px", True, "2-10"),
+    ("visible, 10 to 40 px", True, "10-40"),
+)
 
 
 def score(flow: Flow, pair: Pair, milliseconds: float = 0.0) -> Score:
     """Compare a flow [H, W, 2] with the true one over the valid pixels."""
-    error = end_point_error(flow, pair.flow)
-    parts = {
-        name: (float(error[mask].sum()), int(mask.sum())) for name, mask in kinds(pair).items()
-    }
-    error = error[pair.valid]
-    return Score(float(error.mean()), float((error > BAD_PIXELS).mean()), parts, milliseconds)
+    truth = np.where(pair.valid[..., None], pair.flow, np.float32(np.nan))
+    errors, visible = Errors(), None
+    errors.add(flow, truth, pair.occluded)
+    if pair.occluded is not None:
+        visible = Errors(SPEEDS)
+        visible.add(flow, np.where(pair.occluded[..., None], np.float32(np.nan), truth))
+    return Score(errors, visible, milliseconds)
 
 
 def _gray(method: Method) -> Method:
@@ -144,10 +149,15 @@ def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
     for pair in pairs:
         row(pair.name, mean_error([pair.name]))
 
-    def pooled(names: list[str], kind: str) -> Callable[[dict[str, Score]], str]:
+    def pooled(names: list[str], visible: bool, group: str) -> Callable[[dict[str, Score]], str]:
         def cell(by_pair: dict[str, Score]) -> str:
-            total, count = np.sum([by_pair[name].kinds[kind] for name in names], axis=0)
-            return f"{total / count:.2f}" if count else ""
+            total = Errors()
+            for name in names:
+                errors = by_pair[name].visible if visible else by_pair[name].errors
+                if errors is not None:
+                    total.merge(errors)
+            mean = total.mean(group)
+            return "" if mean is None else f"{mean:.2f}"
 
         return cell
 
@@ -157,16 +167,18 @@ def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
         if len(members) > 1:
             row(f"**{family}, mean of {len(members)}**", mean_error(names))
         if all(pair.occluded is not None for pair in members):
-            for kind in kinds(members[0]):
-                row(f"{family}, {kind}", pooled(names, kind))
+            for title, visible, group in _ROWS:
+                row(f"{family}, {title}", pooled(names, visible, group))
     row(f"**all, mean of {len(pairs)}**", mean_error([pair.name for pair in pairs]))
-    row(
-        "pixels off by more than 3, %",
-        lambda by_pair: f"{100 * np.mean([one.bad for one in by_pair.values()]):.1f}",
-    )
+
+    def beyond(by_pair: dict[str, Score]) -> str:
+        shares = [score.errors.share_beyond(3) or 0.0 for score in by_pair.values()]
+        return f"{100 * np.mean(shares):.1f}"
+
+    row("pixels off by more than 3, %", beyond)
     row(
         "milliseconds a pair",
-        lambda by_pair: f"{np.mean([one.milliseconds for one in by_pair.values()]):.0f}",
+        lambda by_pair: f"{np.mean([score.milliseconds for score in by_pair.values()]):.0f}",
     )
     return "\n".join(lines)
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flownet2.formats import Mask
+from flownet2.evaluate import groups, motions
 from flownet2.measures import end_point_error
-from training.pairs import Pair, read_pairs
+from training.pairs import read_pairs
 from training.workers import Workers
 
-LENGTHS = {"0-10": (0, 10), "10-40": (10, 40), "40-100": (40, 100), "100+": (100, np.inf)}
-"""Lengths of true motion, in pixels, whose errors are reported separately."""
+SPEEDS = (10.0, 40.0, 100.0)
+"""Lengths of true motion, in pixels, between the groups whose errors are reported."""
 
 
 class Validation:
@@ -37,7 +37,8 @@ class Validation:
         Args:
             predict: the flow [H, W, 2] of images [2, 1, 3, H, W], BGR in 0..1.
         """
-        names = [*self.families, *LENGTHS, "inside", "outside"]
+        kinds = [*motions(SPEEDS), "inside", "outside"]
+        names = [*self.families, *kinds]
         sums = {name: [0.0, 0.0] for name in names}
         for pair in self.pairs:
             images = torch.from_numpy(np.stack(pair.frames)[..., ::-1].copy())
@@ -45,24 +46,13 @@ class Validation:
             error = end_point_error(predict(images).numpy(), pair.flow)
             sums[pair.family][0] += float(error[pair.valid].mean())
             sums[pair.family][1] += 1
-            for name, mask in _masks(pair):
-                sums[name][0] += float(error[mask].sum())
-                sums[name][1] += int(mask.sum())
+            truth = np.where(pair.valid[..., None], pair.flow, np.float32(np.nan))
+            masks = groups(truth, speeds=SPEEDS)
+            for name in kinds:
+                sums[name][0] += float(error[masks[name]].sum())
+                sums[name][1] += int(masks[name].sum())
         flat = self.workers.average([value for both in sums.values() for value in both])
         return {
             name: total / count if count else float("nan")
             for name, total, count in zip(names, flat[::2], flat[1::2], strict=True)
         }
-
-
-def _masks(pair: Pair) -> Iterator[tuple[str, Mask]]:
-    """Valid pixels by length of the true motion, and by whether its target is inside the image."""
-    u, v = pair.flow[..., 0], pair.flow[..., 1]
-    length = np.hypot(u, v)
-    for name, (low, high) in LENGTHS.items():
-        yield name, pair.valid & (length >= low) & (length < high)
-    height, width = length.shape
-    x, y = np.arange(width) + u, np.arange(height)[:, None] + v
-    inside = (x >= -0.5) & (y >= -0.5) & (x <= width - 0.5) & (y <= height - 0.5)
-    yield "inside", pair.valid & inside
-    yield "outside", pair.valid & ~inside

@@ -39,7 +39,7 @@ def test_errors_of_zero_flow_are_the_lengths_of_the_true_flows(tmp_path: Path) -
     assert scores["flo_a"].epe == pytest.approx(5)
     assert scores["flo_b"].epe == pytest.approx(1)
     assert scores["kitti_a"].epe == pytest.approx(50)
-    assert [scores[pair.name].bad for pair in pairs] == [1, 0, 1]
+    assert [scores[pair.name].errors.share_beyond(3) for pair in pairs] == [1, 0, 1]
     lines = table(pairs, {"zero flow": scores}).splitlines()
     assert "| **flo, mean of 2** | 3.00 |" in lines
     assert "| **all, mean of 3** | 18.67 |" in lines
