@@ -21,7 +21,7 @@ from benchmarks.report import milliseconds, table
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
-from export.served.openvino_engine import Engine, available_cores, has_bfloat16
+from export.served.openvino_engine import OpenVinoEngine, available_cores, has_bfloat16
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
 from launch import triton
 
@@ -50,10 +50,10 @@ def compare() -> str:
             ways: dict[str, Estimate] = {
                 eager: lambda a, b: run_eager(model, a, b),
                 "ONNX Runtime, fp32": onnx_runtime(file),
-                "OpenVINO, fp32": Engine(file, "f32"),
+                "OpenVINO, fp32": OpenVinoEngine(file, "fp32"),
             }
             if has_bfloat16():
-                ways["OpenVINO, wide convolutions bf16"] = Engine(file, "bf16")
+                ways["OpenVINO, wide convolutions bf16"] = OpenVinoEngine(file, "bf16")
             ways["**through Triton**, gRPC"] = lambda a, b: infer(client, a, b)
             medians = time_in_turn(ways, image1, image2, ROUNDS)
     return table(

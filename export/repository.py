@@ -3,8 +3,8 @@
 ``model_repository/flownet2/`` holds what every model shares and git tracks: ``config.pbtxt`` and
 ``1/*.py``, which Triton's Python backend runs, and in ``configs/`` the configurations that Triton's
 ``--model-config-name`` selects instead. What differs from model to model lies beside them in the
-version folder: the network, and ``description.pbtxt``, which the launcher appends to the
-configuration.
+version folder: the network, ``description.pbtxt``, which the launcher appends to the configuration,
+and the golden pair.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import onnx
 
+from export.golden import write_golden
 from export.half import is_half, to_half
 from flownet2 import contract
 
 TEMPLATE = Path(__file__).parents[1] / "model_repository" / "flownet2"
-CONFIGURATIONS = ("config.pbtxt", "configs/onnx.pbtxt", "configs/tensorrt.pbtxt")
+CONFIGURATIONS = ("config.pbtxt", "configs/tensorrt.pbtxt")
 MODEL, HALF_MODEL = "model.onnx", "model_fp16.onnx"
-DESCRIPTION = "description.pbtxt"
+DESCRIPTION, GOLDEN = "description.pbtxt", "golden.npz"
 
 
 def write_model(
@@ -56,6 +57,8 @@ def write_model(
         onnx.save(model if is_half(model) else to_half(model), new)
     with replacing(version / MODEL) as new:
         onnx.save(model, new)
+        with replacing(version / GOLDEN) as golden:
+            write_golden(new, golden)
     return folder
 
 

@@ -1,17 +1,17 @@
 """The configurations, parsed with Triton's own protobuf, and what an export adds to them."""
 
-import re
 import subprocess
 from pathlib import Path
 
 import onnx
 import pytest
 from google.protobuf import text_format
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from tritonclient.grpc import model_config_pb2 as pb
 
 from export import repository
 from flownet2 import contract
+from tests.support.tiny_network import tiny_network
 
 ROOT = Path(__file__).parents[2]
 DESCRIPTION = {
@@ -20,7 +20,6 @@ DESCRIPTION = {
     "weights_source": 'the "training" folder, C:\\weights, größer',
     "weights_license": "GPL-3.0-or-later",
 }
-GPU = repository.CONFIGURATIONS[1:]
 
 
 def parse(text: str) -> pb.ModelConfig:
@@ -63,41 +62,20 @@ def test_warm_up_runs_one_pair_and_what_the_backend_batches(config: pb.ModelConf
             assert image.random_data
 
 
-@pytest.mark.parametrize("file", GPU)
-def test_a_gpu_runs_half_precision_and_keeps_no_request_waiting(file: str) -> None:
-    config = parse((repository.TEMPLATE / file).read_text(encoding="utf-8"))
-    assert config.default_model_filename in (repository.HALF_MODEL, "model.plan")
-    assert [group.kind for group in config.instance_group] == [pb.ModelInstanceGroup.KIND_GPU]
+def test_no_request_waits_for_others_to_share_its_batch(config: pb.ModelConfig) -> None:
     assert config.dynamic_batching.max_queue_delay_microseconds == 0
 
 
-def test_the_op_library_is_one_that_the_plugins_build() -> None:
-    onnx_config = parse((repository.TEMPLATE / "configs/onnx.pbtxt").read_text(encoding="utf-8"))
-    (library,) = onnx_config.model_operations.op_library_filename
-    target = re.fullmatch(r"lib(\w+)\.so", library)
-    assert target is not None
-    cmake = (ROOT / "plugins" / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert f"add_library({target[1]} SHARED" in cmake
-
-
-def model(producer: str) -> onnx.ModelProto:
-    """A convolution of the first image, far enough from a network to be small."""
-    shape = ["batch", "height", "width", 3]
-    image = helper.make_tensor_value_info("image1", TensorProto.FLOAT, shape)
-    flow = helper.make_tensor_value_info("flow", TensorProto.FLOAT, shape)
-    weights = helper.make_tensor("weights", TensorProto.FLOAT, [1, 1, 1, 1], [2.0])
-    nodes = [
-        helper.make_node("Conv", ["image1", "weights"], ["x"]),
-        helper.make_node("Relu", ["x"], ["flow"]),
-    ]
-    graph = helper.make_graph(nodes, "graph", [image], [flow], [weights])
-    return helper.make_model(graph, producer_name=producer)
-
-
 def test_an_export_writes_the_network_for_cpu_and_gpu_and_its_description(tmp_path: Path) -> None:
-    folder = repository.write_model(tmp_path, "flownet2_c", model("first"), DESCRIPTION)
+    folder = repository.write_model(tmp_path, "flownet2_c", tiny_network("first"), DESCRIPTION)
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert {*repository.CONFIGURATIONS, "1/model.onnx", "1/model_fp16.onnx", "1/model.py"} < files
+    assert {
+        *repository.CONFIGURATIONS,
+        "1/model.onnx",
+        "1/model_fp16.onnx",
+        "1/model.py",
+        "1/golden.npz",
+    } < files
     halves = onnx.load(folder / "1" / "model_fp16.onnx").graph.initializer
     assert [weight.data_type for weight in halves] == [TensorProto.FLOAT16]
     for file in repository.CONFIGURATIONS:
@@ -105,7 +83,7 @@ def test_an_export_writes_the_network_for_cpu_and_gpu_and_its_description(tmp_pa
         parameters = parse(text).parameters
         assert {key: parameters[key].string_value for key in DESCRIPTION} == DESCRIPTION
 
-    repository.write_model(tmp_path, "flownet2_c", model("again"), DESCRIPTION)
+    repository.write_model(tmp_path, "flownet2_c", tiny_network("again"), DESCRIPTION)
     assert {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} == files
     assert onnx.load(folder / "1" / "model.onnx").producer_name == "again"
 
@@ -132,6 +110,8 @@ def test_an_export_into_the_repository_changes_no_file_that_git_tracks(
     git("commit", "--message", "tracked")
     monkeypatch.setattr(repository, "TEMPLATE", tmp_path / "model_repository" / "flownet2")
     for name in ("flownet2", "flownet2_c"):
-        repository.write_model(tmp_path / "model_repository", name, model("own"), DESCRIPTION)
+        repository.write_model(
+            tmp_path / "model_repository", name, tiny_network("own"), DESCRIPTION
+        )
     assert git("status", "--porcelain", "--untracked-files=no") == ""
     assert "model.onnx" not in git("status", "--porcelain", "--untracked-files=all")

@@ -10,6 +10,7 @@ import pytest
 
 from export import shipped
 from export.repository import write_model
+from tests.support.tiny_network import tiny_network
 
 ROOT = Path(__file__).parents[2]
 OTHER = {"network": "FlowNet2", "weights_source": "the user", "weights_license": "none"}
@@ -22,7 +23,7 @@ def graph(repository: Path) -> onnx.ModelProto:
 def test_exported_weights_of_others_stay_until_the_shipped_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_model(tmp_path, "flownet2", onnx.ModelProto(producer_name="the user"), OTHER)
+    write_model(tmp_path, "flownet2", tiny_network("the user"), OTHER)
     shipped.main(["--repository", str(tmp_path), "--keep-other"])
     assert graph(tmp_path).producer_name == "the user"
     assert "keeps its other weights; `make model`" in capsys.readouterr().out
@@ -34,7 +35,7 @@ def test_exported_weights_of_others_stay_until_the_shipped_are_asked_for(
 
 def test_a_model_that_is_old_or_gone_is_written(tmp_path: Path) -> None:
     _, description = shipped.shipped_model()
-    old = onnx.ModelProto(producer_name="an old version")
+    old = tiny_network("an old version")
     older = description | {"weights_source": "what shipped before"}
     write_model(tmp_path, "flownet2", old, older)
     shipped.main(["--repository", str(tmp_path), "--keep-other"])

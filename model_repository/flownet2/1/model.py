@@ -1,4 +1,8 @@
-"""Triton Python-backend model: runs the ``model.onnx`` beside it on the CPU.
+"""Model of Triton's Python backend: computes optical flow with the network beside it.
+
+On a GPU instance ONNX Runtime runs ``model_fp16.onnx`` on CUDA, otherwise OpenVINO runs
+``model.onnx`` on the CPU. An engine serves only if it reproduces the golden pair
+(``golden.npz``); if it does not, the next one is tried.
 
 The modules of this folder import nothing else of the project but ``flownet2/contract.py``, of which
 the exporter puts a copy beside them. It copies all of them to models of other names.
@@ -16,27 +20,26 @@ from typing import Any
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 import numpy as np  # noqa: E402
-import openvino  # noqa: E402
 
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, MINIMUM_SIDE  # noqa: E402
 
-from .openvino_engine import Engine, Flow, Images, available_cores  # noqa: E402
+from .engines import Flow, Golden, Images, candidates, first_that_is_right  # noqa: E402
 from .shapes import guard, is_possible  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
     import triton_python_backend_utils as pb_utils
 
 
-class Lent:
-    """An array as Triton's stub can take it over, without a copy, whatever NumPy is installed.
+class Output:
+    """Zero-copy DLPack wrapper of a result that works around the stub's NumPy 1 ABI.
 
-    The stub is compiled against NumPy 1 and misreads arrays of NumPy 2; DLPack is common ground.
-    But it marks a capsule as consumed by another name than NumPy looks for, of which NumPy would
-    complain on stderr at every request: the name is set right here.
+    The stub is compiled against NumPy 1 and misreads arrays of NumPy 2, so they pass as DLPack. It
+    renames a consumed capsule in another way than NumPy expects, which would then print an error to
+    stderr for every request: this class restores the name.
     """
 
     def __init__(self, array: Flow) -> None:
-        """Lend an array."""
+        """Wrap an array."""
         self._array = array
         self._capsule: Any = None
 
@@ -53,17 +56,41 @@ class Lent:
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls."""
+    """The class that Triton's Python backend instantiates, once for each model instance."""
 
     def initialize(self, arguments: dict[str, str]) -> None:
-        """Load the network."""
+        """Load the network into the first engine that reproduces the golden pair.
+
+        The engine goes to Triton's log, and to its metrics as the labels of
+        ``flownet2_golden_difference_px``.
+        """
         guard(pb_utils.Tensor)
-        folder = Path(arguments["model_repository"]) / arguments["model_version"]
-        self.engine = Engine(folder / "model.onnx")
-        pb_utils.Logger.log_info(
-            f"{arguments['model_name']} on OpenVINO {openvino.get_version()}, "
-            f"{self.engine.precision}, {available_cores()} threads"
+        name, version = arguments["model_name"], arguments["model_version"]
+        folder = Path(arguments["model_repository"]) / version
+        on_gpu = arguments["model_instance_kind"] == "GPU"
+        gpu = int(arguments["model_instance_device_id"]) if on_gpu else None
+        self.engine, difference = first_that_is_right(
+            candidates(folder, gpu),
+            Golden.read(folder / "golden.npz"),
+            lambda line: pb_utils.Logger.log_warn(f"{name}: {line}"),
         )
+        facts = {
+            "engine": self.engine.name,
+            "device": self.engine.device,
+            "precision": self.engine.precision,
+        }
+        pb_utils.Logger.log_info(
+            f"{name} runs on {', '.join(facts.values())}; "
+            f"its flow of the golden pair differs by {difference:.4f} px"
+        )
+        self._metrics = pb_utils.MetricFamily(
+            name="flownet2_golden_difference_px",
+            description="Mean distance to the flow of the golden pair when the model was loaded",
+            kind=pb_utils.MetricFamily.GAUGE,
+        )
+        labels = {"model": name, "version": version, **facts}
+        self._metric = self._metrics.Metric(labels=labels)
+        self._metric.set(difference)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run a batch that Triton formed as one batch of the engine.
@@ -105,7 +132,7 @@ class TritonPythonModel:
         for index, image1, _ in accepted:
             part = flow[first : first + len(image1)]
             responses[index] = pb_utils.InferenceResponse(
-                [pb_utils.Tensor.from_dlpack(FLOW_OUTPUT, Lent(part))]
+                [pb_utils.Tensor.from_dlpack(FLOW_OUTPUT, Output(part))]
             )
             first += len(image1)
 

@@ -1,0 +1,151 @@
+"""The engines that can run a model, and the check that an engine has to pass before it serves."""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+Images = npt.NDArray[np.uint8]
+Flow = npt.NDArray[np.float32]
+
+# Pixels by which flow may differ from the golden pair's on average.
+LIMITS = {"fp32": 0.001, "fp16": 0.05, "bf16": 0.05}
+# Flow of this mean length may differ by that; longer flow, such as that of a network that is not
+# trained, by more in proportion.
+GOLDEN_LENGTH = 2.5
+
+PROVIDER_VARIABLE = "FLOWNET2_ONNXRUNTIME_PROVIDER"
+"""Environment variable: a provider of ONNX Runtime that takes CUDA's place, GPU or not (tests)."""
+
+
+class EngineError(Exception):
+    """An engine cannot serve the model; the message says why."""
+
+
+class Engine(Protocol):
+    """A network, ready to run.
+
+    Attributes:
+        name: of the software and its version.
+        device: "cpu", "cuda:0", …
+        precision: "fp32", "fp16" or "bf16", that of the wide convolutions.
+        first_runs: how many requests of one shape it takes until all later ones run alike.
+    """
+
+    name: str
+    device: str
+    precision: str
+    first_runs: int
+
+    def __call__(self, image1: Images, image2: Images) -> Flow:
+        """Compute the flow from ``image1`` to ``image2``.
+
+        Args:
+            image1, image2: ``[N, H, W, 3]``, RGB.
+
+        Returns:
+            ``[N, H, W, 2]`` in pixels.
+        """
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A pair of images with the flow that ONNX Runtime computes on the CPU in float32."""
+
+    image1: Images
+    image2: Images
+    flow: Flow
+
+    @classmethod
+    def read(cls, file: Path) -> "Golden":
+        """Read the ``golden.npz`` that the exporter wrote beside a model.
+
+        Raises:
+            EngineError: it cannot be read.
+        """
+        try:
+            with file.open("rb") as opened, np.load(opened) as arrays:
+                return cls(arrays["image1"], arrays["image2"], arrays["flow"])
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+            raise EngineError(
+                f"the golden pair {file} cannot be read: {error}. Export the model again"
+            ) from error
+
+    def difference(self, engine: Engine) -> float:
+        """Return the mean distance of an engine's flow to the golden one, in pixels.
+
+        The largest of several runs, so that each way in which the engine runs this shape is among
+        them.
+
+        Raises:
+            EngineError: the distance is larger than the engine's precision explains.
+        """
+        distances = [
+            np.linalg.norm(engine(self.image1, self.image2) - self.flow, axis=-1).mean()
+            for _ in range(engine.first_runs + 1)
+        ]
+        difference = float(np.max(distances))  # NaN if one is
+        length = float(np.linalg.norm(self.flow, axis=-1).mean())
+        limit = LIMITS[engine.precision] * max(1, length / GOLDEN_LENGTH)
+        if not difference <= limit:
+            raise EngineError(
+                f"its flow of the golden pair differs by {difference:.4f} px on average, more than "
+                f"{limit:.4f} px"
+            )
+        return difference
+
+
+Candidate = tuple[str, Callable[[], Engine]]
+"""An engine's description and its constructor."""
+
+
+def candidates(folder: Path, gpu: int | None) -> Iterator[Candidate]:
+    """Yield the engines that may run a model, by preference.
+
+    Args:
+        folder: the model's version folder.
+        gpu: the number of the GPU to run on, None for the CPU.
+    """
+    provider = os.environ.get(PROVIDER_VARIABLE)
+    if gpu is not None or provider:
+
+        def on_gpu() -> Engine:
+            from .onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415
+
+            return OnnxRuntimeEngine(folder, gpu or 0, *filter(None, [provider]))
+
+        yield "ONNX Runtime", on_gpu
+    from .openvino_engine import OpenVinoEngine, precisions  # noqa: PLC0415
+
+    for precision in precisions():
+        create = functools.partial(OpenVinoEngine, folder / "model.onnx", precision)
+        yield f"OpenVINO in {precision}", create
+
+
+def first_that_is_right(
+    engines: Iterable[Candidate],
+    golden: Golden,
+    warn: Callable[[str], None],
+) -> tuple[Engine, float]:
+    """Return the first engine that reproduces the golden pair, and by how many pixels it differs.
+
+    Args:
+        engines: by preference.
+        warn: receives a line for each engine that fails.
+
+    Raises:
+        EngineError: all of them fail.
+    """
+    for description, create in engines:
+        try:
+            engine = create()
+            return engine, golden.difference(engine)
+        except Exception as error:  # ONNX Runtime's have no common base
+            warn(f"{description} is not used: {error}")
+    raise EngineError("no engine can run this model; the lines above say why")
