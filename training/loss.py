@@ -20,15 +20,40 @@ LEVEL_WEIGHTS = {
 STEP = 16.0  # pixels between neighbouring displacements of the correlation
 
 
-def endpoint_error(prediction: Tensor, flow: Tensor) -> Tensor:
-    """Mean Euclidean distance of two flows [N, 2, H, W]."""
-    error: Tensor = torch.linalg.vector_norm(prediction.float() - flow, dim=1)
-    return error.mean()
+def average_down(flow: Tensor, valid: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Average the valid vectors of a flow over the cells of a coarser grid.
+
+    Args:
+        flow: [N, 2, H, W], zero where it is not valid.
+        valid: bool [N, H, W].
+        size: height and width of the grid.
+
+    Returns:
+        The flow [N, 2, h, w], and the cells with a valid vector, 1 or 0, as float32 [N, h, w].
+    """
+    if bool(valid.all()):
+        coarse = F.adaptive_avg_pool2d(flow, tuple(size))  # type: ignore[arg-type]
+        return coarse, coarse.new_ones(len(flow), *size)
+    share = F.adaptive_avg_pool2d(valid[:, None].float(), tuple(size))  # type: ignore[arg-type]
+    total = F.adaptive_avg_pool2d(flow, tuple(size))  # type: ignore[arg-type]
+    return total / share.clamp(min=1e-6), (share[:, 0] > 0).float()
+
+
+def mean_over(error: Tensor, cells: Tensor) -> Tensor:
+    """Mean of an error [N, h, w] over marked cells [N, h, w]; 0 if none is marked."""
+    return (error * cells).sum() / cells.sum().clamp(min=1)
+
+
+def endpoint_error(prediction: Tensor, flow: Tensor, valid: Tensor) -> Tensor:
+    """Mean Euclidean distance of a prediction [N, 2, h, w] from a finer flow [N, 2, H, W]."""
+    truth, cells = average_down(flow, valid, prediction.shape[2:])
+    return mean_over(torch.linalg.vector_norm(prediction.float() - truth, dim=1), cells)
 
 
 def multiscale_loss(
     predictions: list[Tensor],
     flow: Tensor,
+    valid: Tensor,
     scale: float,
     weights: Sequence[float] = LEVEL_WEIGHTS["paper"],
     exponent: float = 1.0,
@@ -38,7 +63,9 @@ def multiscale_loss(
 
     Args:
         predictions: coarsest first, in units of `scale` pixels.
-        flow: [N, 2, H, W] in pixels; it is averaged down to the size of each level.
+        flow: [N, 2, H, W] in pixels, zero where it is not `valid`; it is averaged down to the size
+            of each level.
+        valid: bool [N, H, W].
         scale: pixels of a unit of the predictions.
         weights: of the levels, coarsest first.
         exponent: of the error at the `robust_levels` finest levels. Below 1 it gives small errors
@@ -49,21 +76,23 @@ def multiscale_loss(
     total = torch.zeros((), device=flow.device)
     plain_levels = len(predictions) - robust_levels
     for level, (weight, prediction) in enumerate(zip(weights, predictions, strict=True)):
-        truth = F.adaptive_avg_pool2d(flow, prediction.shape[2:]) / scale  # type: ignore[arg-type]
-        error = torch.linalg.vector_norm(prediction.float() - truth, dim=1)
+        truth, cells = average_down(flow, valid, prediction.shape[2:])
+        error = torch.linalg.vector_norm(prediction.float() - truth / scale, dim=1)
         if exponent != 1 and level >= plain_levels:
             error = (error + 0.01) ** exponent  # the slope at zero stays finite
-        total = total + weight * error.mean()
+        total = total + weight * mean_over(error, cells)
     return total
 
 
-def matching_loss(cost: Tensor, flow: Tensor, occluded: Tensor, no_match: Tensor) -> Tensor:
+def matching_loss(
+    cost: Tensor, flow: Tensor, occluded: Tensor, no_match: Tensor, valid: Tensor
+) -> Tensor:
     """Cross-entropy of the cost volume against the true match (InfoNCE over 441 displacements).
 
     The target of a visible cell is spread bilinearly over the four displacements around the true
     one, that of an occluded cell is "no match", a logit `no_match` of its own; cells that move
-    beyond the volume do not count. `cost` [N, 441, h, w] holds logits; `flow` [N, 2, 8h, 8w] in
-    pixels; `occluded` [N, 8h, 8w].
+    beyond the volume and cells without a valid vector do not count. `cost` [N, 441, h, w] holds logits; `flow` [N, 2, 8h, 8w] in
+    pixels; `occluded` and `valid` [N, 8h, 8w].
     """
     count, _, height, width = cost.shape
     logits = cost.float().permute(0, 2, 3, 1).reshape(-1, cost.shape[1])
@@ -83,5 +112,5 @@ def matching_loss(cost: Tensor, flow: Tensor, occluded: Tensor, no_match: Tensor
             loss = loss - weight * log_probability.gather(1, index[:, None])[:, 0]
     hidden = occluded[:, ::8, ::8].flatten()
     loss = torch.where(hidden, -log_probability[:, -1], loss)
-    counted = (within | hidden).float()
+    counted = ((within | hidden) & valid[:, ::8, ::8].flatten()).float()
     return (loss * counted).sum() / counted.sum().clamp(min=1)

@@ -18,11 +18,38 @@ MARGIN = 64  # a scene is this much higher and wider than the crops taken from i
 @dataclass(frozen=True)
 class Batch:
     """`images` float32 [2, B, 3, h, w], BGR in 0..1; `flow` float32 [B, 2, h, w] in pixels;
-    `occluded` bool [B, h, w]."""
+    `occluded` bool [B, h, w]; `valid` bool [B, h, w], true where the flow is known."""
 
     images: Tensor
     flow: Tensor
     occluded: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One sample before its colours are changed.
+
+    `frames` uint8 [2, 3, h, w], RGB; `flow` float32 [2, h, w] in pixels, zero where it is not
+    known; `occluded` bool [h, w]; `valid` bool [h, w], true where the flow is known.
+    """
+
+    frames: Tensor
+    flow: Tensor
+    occluded: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device) -> Crop:
+        return Crop(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+def collate(crops: list[Crop], random: torch.Generator) -> Batch:
+    """Make a batch of crops: change colours, and mark what leaves the crop as occluded."""
+    frames = torch.stack([crop.frames for crop in crops], 1)
+    flow = torch.stack([crop.flow for crop in crops])
+    occluded = torch.stack([crop.occluded for crop in crops]) | leaves(flow)
+    valid = torch.stack([crop.valid for crop in crops])
+    return Batch(photometric(frames, random), flow, occluded, valid)
 
 
 def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
@@ -126,23 +153,28 @@ class ScenePool:
         self.occluded[part] = scenes.occluded
         self.rendered += 1
 
-    def draw(self, count: int, reuse: float, random: torch.Generator) -> Batch:
+    def draw(self, count: int, reuse: float, random: torch.Generator) -> list[Crop]:
         """`count` crops, after rendering as many new scenes as uses of each `reuse` times ask."""
         self.owed += count / reuse
         while self.owed >= self.scenes:
             self.render_next()
             self.owed -= self.scenes
-        frames, flows, occluded = [], [], []
+        crops = []
         chosen = torch.randint(len(self.flow), (count,), generator=random).tolist()
         corners = torch.randint(MARGIN + 1, (count, 2), generator=random).tolist()
         flips = torch.rand(count, 2, generator=random) < 0.5  # along y and x
+        valid = torch.ones(self.crop, dtype=torch.bool, device=self.device)
         for scene, (top, left), flip in zip(chosen, corners, flips.tolist(), strict=True):
             rows, columns = slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
             axes = [axis for axis, flipped in zip((-2, -1), flip, strict=True) if flipped]
-            frames.append(self.frames[:, scene, :, rows, columns].flip(axes))
-            flows.append(self.flow[scene, :, rows, columns].flip(axes))
-            occluded.append(self.occluded[scene, rows, columns].flip(axes))
-        signs = torch.where(flips, -1.0, 1.0).flip(1).view(count, 2, 1, 1)
-        flow = torch.stack(flows) * signs.to(self.device, non_blocking=True)
-        images = photometric(torch.stack(frames, 1), random)
-        return Batch(images, flow, torch.stack(occluded) | leaves(flow))
+            signs = torch.tensor([-1.0 if flipped else 1.0 for flipped in reversed(flip)])
+            flow = self.flow[scene, :, rows, columns].flip(axes)
+            crops.append(
+                Crop(
+                    self.frames[:, scene, :, rows, columns].flip(axes),
+                    flow * signs.to(self.device, non_blocking=True).view(2, 1, 1),
+                    self.occluded[scene, rows, columns].flip(axes),
+                    valid,
+                )
+            )
+        return crops

@@ -38,11 +38,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from export.networks import NETWORKS, EncoderDecoder, FlowNet2
 from export.networks.operators import resample
+from flownet2.datasets import DATASETS
+from flownet2.contract import adapted
+from training.data import load_crops, read_sources
 from training.generator import SMALL_MOTIONS, Mixture
 from training.log import append_row, plot, print_progress
 from training.loss import LEVEL_WEIGHTS, endpoint_error, matching_loss, multiscale_loss
 from training.model import carry_flow, channel_means, initialise, initialise_from_data
-from training.pool import Batch, ScenePool
+from training.pool import Batch, ScenePool, collate
 from training.schedule import FLOW, MATCHING_FIRST, TUNING, Phase, Schedule, Stage
 from training.textures import Textures
 from training.trainee import Trainee, take_weights
@@ -80,7 +83,9 @@ class Trainer:
         self.device = torch.device(arguments.device)
         self.textures = Textures(arguments.textures)
         self.workers = Workers()
-        self.validation = Validation(arguments.validation, self.workers)
+        self.sources = read_sources(arguments.data, arguments.holdout)
+        self.data_share = sum(source.share for source in self.sources)
+        self.validation = Validation(arguments.validation, self.sources, self.workers)
         self.model = FlowNet2(NETWORKS[arguments.network])
         self.blocks: list[str] = arguments.train or [list(self.model.blocks)[-1]]
         if self.model.network.fusion or not set(self.blocks) <= set(self.model.blocks):
@@ -91,6 +96,7 @@ class Trainer:
         self.random = torch.Generator().manual_seed(arguments.seed + (self.workers.rank << 16))
         self.next_seed = (arguments.seed << 24) + (self.workers.rank << 34)
         self.checked = 0.0
+        self.drawn = self.loaded = 0  # crops so far: of all kinds, and of datasets
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.log: list[tuple[float, float]] = []
@@ -184,6 +190,8 @@ class Trainer:
                     "seed": self.next_seed,
                     "rendered": self.pool.rendered,
                     "owed": self.pool.owed,
+                    "drawn": self.drawn,
+                    "loaded": self.loaded,
                 }
             ),
             "stage": self.schedule.stage_index,
@@ -217,6 +225,7 @@ class Trainer:
         self.stage_step = state["stage_step"]
         own = state["workers"][self.workers.rank]
         self.next_seed = own["seed"]
+        self.drawn, self.loaded = own["drawn"], own["loaded"]
         self.open_pool(own["rendered"])
         self.pool.owed = own["owed"]
         self.random.set_state(own["random"])
@@ -238,11 +247,13 @@ class Trainer:
         return crop, max(1, round(phase.batch * self.arguments.batch / 8)), displacement
 
     def open_pool(self, rendered: int) -> None:
+        """Open the scenes and the datasets' crops of the current phase."""
         self.pool_phase = self.schedule.phase
         crop, _, displacement = self.scaled(self.pool_phase)
+        self.crops = load_crops(self.sources, crop, self.next_seed, self.loaded)
         self.pool = ScenePool(
             self.textures,
-            self.arguments.pool,
+            self.arguments.pool if self.data_share < 1 else 0,
             crop,
             displacement,
             Mixture(
@@ -260,7 +271,16 @@ class Trainer:
         if phase is not self.pool_phase:
             self.next_seed += self.pool.rendered
             self.open_pool(0)
-        return self.pool.draw(self.scaled(phase)[1], self.arguments.reuse, self.random)
+        count = self.scaled(phase)[1]
+        # As many crops of the datasets as their share of all crops so far.
+        before, after = (int(n * self.data_share) for n in (self.drawn, self.drawn + count))
+        from_data = after - before
+        crops = [next(self.crops).to(self.device) for _ in range(from_data)]
+        if from_data < count:
+            crops += self.pool.draw(count - from_data, self.arguments.reuse, self.random)
+        self.drawn += count
+        self.loaded += from_data
+        return collate(crops, self.random)
 
     # -- training ---------------------------------------------------------------------------
 
@@ -325,20 +345,22 @@ class Trainer:
         if cost is not None and "net1" in self.fresh and weight > 0:
             assert self.trainee.matcher is not None
             logits, no_match = self.trainee.matcher.logits(cost)
-            loss = loss + weight * matching_loss(logits, batch.flow, batch.occluded, no_match)
+            loss = loss + weight * matching_loss(
+                logits, batch.flow, batch.occluded, no_match, batch.valid
+            )
         epe = loss.detach()
         for levels in predictions:
             loss = loss + multiscale_loss(
                 levels,
                 batch.flow,
+                batch.valid,
                 self.trainee.scale,
                 LEVEL_WEIGHTS[self.arguments.level_weights],
                 self.arguments.exponent,
                 self.arguments.robust_levels,
             )
             finest = levels[-1].detach()
-            truth = nn.functional.adaptive_avg_pool2d(batch.flow, finest.shape[2:])
-            epe = endpoint_error(finest * self.trainee.scale, truth)
+            epe = endpoint_error(finest * self.trainee.scale, batch.flow, batch.valid)
         values = torch.stack((loss.detach(), epe)).tolist()  # the only wait for a GPU in a step
         if not math.isfinite(values[0]):  # a NaN flow crashes grid_sample's backward pass
             raise FloatingPointError(
@@ -367,17 +389,21 @@ class Trainer:
         """Return the flow [H, W, 2] that the averaged weights predict, in pixels.
 
         Args:
-            images: [2, 1, 3, H, W], BGR in 0..1; H and W multiples of 64.
+            images: [2, 1, 3, H, W], BGR in 0..1, of any size.
         """
+        height, width = images.shape[3:]
+        sides = adapted(height), adapted(width)
+        images = torch.stack([resample(image, *sides) for image in images.to(self.device)])
         with torch.no_grad(), self.autocast():
-            predictions, _ = self.average(images.to(self.device))
+            predictions, _ = self.average(images)
         finest = predictions[-1][-1].float() * self.trainee.scale
-        return resample(finest, *images.shape[3:])[0].permute(1, 2, 0).cpu()
+        flow = resample(finest, height, width)[0].permute(1, 2, 0)
+        return (flow * flow.new_tensor([width / sides[1], height / sides[0]])).cpu()
 
     def validate(self) -> None:
         """Append the errors on the validation pairs to `validation.csv`, and draw the curve."""
         schedule = self.schedule
-        if schedule.stage.matching or not self.arguments.validation:
+        if schedule.stage.matching or not self.validation.families:
             return
         errors = self.validation.errors(self.predict)
         if not self.workers.first:
@@ -476,7 +502,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="number of finest levels whose loss has the exponent; coarser levels have 1",
     )
     parser.add_argument(
-        "--validation", type=Path, help="folder of pairs, of multiples of 64 pixels"
+        "--validation", type=Path, help="folder of pairs (frame0.*, frame1.*, gt.flo or gt.png)"
+    )
+    parser.add_argument(
+        "--data",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "DIR[:SHARE]"),
+        help="a dataset with ground truth, and its share of the crops: one of "
+        f"{', '.join(DATASETS)}; repeatable. Without a share, datasets replace the generated "
+        "scenes",
+    )
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.1,
+        help="share of the sequences of each dataset that is held out for validation",
     )
     parser.add_argument("--validate-minutes", type=float, default=5.0)
     parser.add_argument("--log-seconds", type=float, default=20.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from flownet2.evaluate import groups, motions
 from flownet2.measures import end_point_error
-from training.pairs import read_pairs
+from training.data import Source
+from training.pairs import read_pairs, read_sample
 from training.workers import Workers
 
 SPEEDS = (10.0, 40.0, 100.0)
@@ -19,14 +21,19 @@ SPEEDS = (10.0, 40.0, 100.0)
 
 
 class Validation:
-    """Pairs with ground truth, divided among the workers.
+    """Pairs with ground truth, divided among the workers: a folder's, and those held out of data.
 
     Errors are reported by family of pairs (the mean over its pairs), and over the pixels of all
     pairs by length of the true motion and by whether its target lies inside the image.
     """
 
-    def __init__(self, folder: Path | None, workers: Workers) -> None:
+    def __init__(self, folder: Path | None, sources: list[Source], workers: Workers) -> None:
         pairs = list(read_pairs(folder)) if folder else []
+        pairs += [
+            replace(read_sample(sample), name=source.name)
+            for source in sources
+            for sample in source.held_out
+        ]
         self.families = sorted({pair.family for pair in pairs})
         self.pairs = pairs[workers.rank :: workers.count]
         self.workers = workers
