@@ -1,8 +1,9 @@
 """Training crops from datasets with ground truth, augmented and loaded in worker processes.
 
 Every dataset that `flownet2 evaluate` reads can be mixed into the training. The geometric
-augmentation is FlowNet's (Dosovitskiy et al., ICCV 2015, section 4.3), which FlowNet 2.0 uses too: translation,
-rotation and scaling of the pair, and a smaller transformation of the second frame alone.
+augmentation is FlowNet's (Dosovitskiy et al., ICCV 2015, section 4.3), which FlowNet 2.0 uses
+too: translation, rotation and scaling of the pair, and a smaller transformation of the second
+frame alone.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def matching_loss(
 
     The target of a visible cell is spread bilinearly over the four displacements around the true
     one, that of an occluded cell is "no match", a logit `no_match` of its own; cells that move
-    beyond the volume and cells without a valid vector do not count. `cost` [N, 441, h, w] holds logits; `flow` [N, 2, 8h, 8w] in
-    pixels; `occluded` and `valid` [N, 8h, 8w].
+    beyond the volume and cells without a valid vector do not count. `cost` [N, 441, h, w] holds
+    logits; `flow` [N, 2, 8h, 8w] in pixels; `occluded` and `valid` [N, 8h, 8w].
     """
     count, _, height, width = cost.shape
     logits = cost.float().permute(0, 2, 3, 1).reshape(-1, cost.shape[1])

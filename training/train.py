@@ -38,8 +38,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from export.networks import NETWORKS, EncoderDecoder, FlowNet2
 from export.networks.operators import resample
-from flownet2.datasets import DATASETS
 from flownet2.contract import adapted
+from flownet2.datasets import DATASETS
+from flownet2.errors import Error
 from training.data import load_crops, read_sources
 from training.generator import SMALL_MOTIONS, Mixture
 from training.log import append_row, plot, print_progress
@@ -556,7 +557,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # sizes stay the same for thousands of steps
     try:
         trainer = Trainer(parse())
-    except (ValueError, OSError) as error:  # an argument that cannot be
+    except (Error, ValueError, OSError) as error:  # an argument that does not fit
         sys.exit(f"error: {error}")
     trainer.run()
 

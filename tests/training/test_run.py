@@ -26,12 +26,13 @@ from training.model import (
     initialise,
     initialise_from_data,
 )
-from training.pool import ScenePool
+from training.pool import ScenePool, collate
 from training.ship import finished_model, mean_with
 from training.textures import Textures
 from training.train import Trainer, parse
 from training.trainee import Trainee
 
+ROOT = Path(__file__).parents[2]
 MakeTrainer = Callable[..., Trainer]
 SMALL = ["--crop", "64", "64", "--batch", "2", "--pool", "8", "--float32", "--device", "cpu"]
 
@@ -73,11 +74,14 @@ def test_the_cost_volume_is_the_exported_correlation_and_so_are_its_gradients() 
 def test_the_multiscale_loss_of_zero_flow_is_the_weighted_length_of_the_flow() -> None:
     flow = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(2, 2, 64, 64)
     predictions = [torch.zeros(2, 2, 64 >> level, 64 >> level) for level in (6, 5, 4, 3, 2)]
-    loss = multiscale_loss(predictions, flow, scale=20.0)
+    valid = torch.ones(2, 64, 64, dtype=torch.bool)
+    loss = multiscale_loss(predictions, flow, valid, scale=20.0)
     assert loss == pytest.approx(sum(LEVEL_WEIGHTS["paper"]) * 5 / 20, rel=1e-5)
-    loss = multiscale_loss(predictions, flow, 20.0, LEVEL_WEIGHTS["finest"], exponent=0.4)
+    loss = multiscale_loss(predictions, flow, valid, 20.0, LEVEL_WEIGHTS["finest"], exponent=0.4)
     assert loss == pytest.approx(2.48 * (5 / 20 + 0.01) ** 0.4, rel=1e-5)
-    loss = multiscale_loss(predictions, flow, 20.0, LEVEL_WEIGHTS["finest"], 0.4, robust_levels=1)
+    loss = multiscale_loss(
+        predictions, flow, valid, 20.0, LEVEL_WEIGHTS["finest"], 0.4, robust_levels=1
+    )
     assert loss == pytest.approx(1.2 * 5 / 20 + 1.28 * (5 / 20 + 0.01) ** 0.4, rel=1e-5)
 
 
@@ -87,9 +91,9 @@ def test_the_matching_loss_is_the_entropy_of_its_bilinear_target_at_the_best_log
     visible = torch.zeros(1, 64, 64, dtype=torch.bool)
     cost = torch.full((1, 441, 8, 8), -50.0)
     cost[:, 9 * 21 + 11] = cost[:, 9 * 21 + 12] = 0.0
-    loss = matching_loss(cost, flow, visible, torch.tensor([-50.0]))
+    loss = matching_loss(cost, flow, visible, torch.tensor([-50.0]), ~visible)
     assert loss == pytest.approx(0.6931, abs=1e-3)
-    hidden = matching_loss(cost - 50, flow, ~visible, torch.tensor([0.0]))
+    hidden = matching_loss(cost - 50, flow, ~visible, torch.tensor([0.0]), ~visible)
     assert hidden == pytest.approx(0.0, abs=1e-3)
 
 
@@ -112,7 +116,8 @@ def test_the_folded_network_gives_what_the_factored_one_gave() -> None:
 
 def test_what_leaves_the_crop_is_hidden(textures: Textures) -> None:
     pool = ScenePool(textures, 8, (64, 128), displacement=3.0, mixture=Mixture(), seed=5)
-    batch = pool.draw(16, 1.0, torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    batch = collate(pool.draw(16, 1.0, random), random)
     y, x = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
     column, row = (x + batch.flow[:, 0]).round(), (y + batch.flow[:, 1]).round()
     outside = (column < 0) | (row < 0) | (column > 127) | (row > 63)
@@ -173,6 +178,23 @@ def test_a_run_goes_on_to_the_step_where_it_stopped(tmp_path: Path, trainer: Mak
         assert torch.equal(value, second.trainee.state_dict()[name]), name
     for name, value in whole.average.state_dict().items():
         assert torch.equal(value, second.average.state_dict()[name]), name
+
+
+def test_datasets_are_mixed_into_the_scenes(
+    tmp_path: Path, trainer: MakeTrainer, stored: Path
+) -> None:
+    options = ["--from", str(stored), "--steps", "4", "--data", "pairs", f"{ROOT / 'samples'}:0.5"]
+    run = trainer(tmp_path / "half", *options)
+    run.run()
+    assert run.loaded == run.drawn // 2 > 0
+    with (tmp_path / "half" / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["pairs"]) > 0
+    whole = trainer(tmp_path / "whole", *options[:-1], str(ROOT / "samples"))
+    first = whole.batch()
+    again = trainer(tmp_path / "again", *options[:-1], str(ROOT / "samples")).batch()
+    assert torch.equal(first.images, again.images)
+    assert whole.pool.rendered == 0
 
 
 def test_a_network_is_stacked_on_a_weights_file_which_stays(
