@@ -127,6 +127,18 @@ DATASETS: dict[str, tuple[Layout, ...]] = {
         _kitti(2012, "colored_0"),
         _kitti(2012, "image_0", alternative=True),
     ),
+    # Folders as those of `samples/`.
+    "pairs": tuple(
+        Layout(
+            "pairs",
+            f"{{sequence}}/gt{suffix}",
+            "{sequence}/frame0.*",
+            "{sequence}/frame1.*",
+            occlusions="{sequence}/occlusions.png",
+            invalid="{sequence}/invalid.png",
+        )
+        for suffix in (".flo", ".png")
+    ),
     "middlebury": (
         Layout(
             "middlebury",

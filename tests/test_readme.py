@@ -28,6 +28,7 @@ DEFAULT_PORTS = {"PORT": "5003", "TRITON_HTTP_PORT": "8000", "TRITON_GRPC_PORT":
 def test_examples(page: Path, stack: Stack, tmp_path: Path) -> None:
     """Each example ends with status 0; files that one writes are there for the next."""
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
     write_film(tmp_path / "film.mp4")
     for example in EXAMPLE.finditer(page.read_text()):
         if example["reason"] or ("perf_analyzer" in example["text"] and not has_perf_analyzer()):

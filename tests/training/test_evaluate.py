@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flownet2.errors import Error
 from flownet2.formats import to_flo, to_kitti
 from training.evaluate import evaluate, opencv_methods, picture, score, table
 from training.pairs import Pair, read_pairs
