@@ -88,7 +88,7 @@ def export_onnx(model: FlowNet2) -> onnx.ModelProto:
         proto.functions.append(correlation_function(attributes))
     network = model.network
     metadata = {"network": network.name, "width": str(network.width), "precision": "fp32"}
-    helper.set_model_props(proto, metadata)
+    helper.set_model_props(proto, metadata | model.semantics.metadata())
     onnx.checker.check_model(proto)
     return proto
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export.networks import NETWORKS, FlowNet2, FlowNetC, flow_scale
+from export.networks import CAFFE, NETWORKS, FlowNet2, FlowNetC, flow_scale
 from training.model import TrainingC
 
 
@@ -26,7 +26,7 @@ def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
     file = read_weights(path)
     width = model.network.width
     fitting = [n for n in NETWORKS.values() if n.width == width and not differences(n, file)]
-    if not fitting or file.mean1 is None:
+    if not fitting or file.semantics != CAFFE:
         raise WeightsError(f"{path.name} holds no blocks that {model.network.name} has")
     stored, _ = load_weights(fitting[0], path)
     model.mean1.copy_(stored.mean1)

@@ -7,13 +7,16 @@ and how wide they are.
 from export.networks.blocks import Conv, EncoderDecoder, FlowNetC
 from export.networks.catalogue import NETWORKS, Network
 from export.networks.flownet2 import FlowNet2, flow_scale
+from export.networks.semantics import CAFFE, Semantics
 
 __all__ = [
+    "CAFFE",
     "NETWORKS",
     "Conv",
     "EncoderDecoder",
     "FlowNet2",
     "FlowNetC",
     "Network",
+    "Semantics",
     "flow_scale",
 ]

@@ -1,4 +1,4 @@
-"""The blocks that the networks are made of: encoders, decoders, and the sub-networks of both."""
+"""Building blocks of the networks: encoders, decoders, and the sub-networks made of both."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,7 +39,7 @@ class Deconv(nn.ConvTranspose2d):
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution of an encoder: name and, at full width, its outputs."""
+    """A convolution of an encoder; ``outputs`` counts its channels at full width."""
 
     name: str
     outputs: int
@@ -70,7 +70,7 @@ FUSION_ENCODER = SD_ENCODER[:5]
 
 
 class Encoder(nn.ModuleDict):
-    """A chain of convolutions whose every output can be taken up by name."""
+    """A chain of convolutions that returns the output of each by name."""
 
     def __init__(self, layers: tuple[Layer, ...], inputs: int, width: Fraction) -> None:
         super().__init__()
@@ -88,12 +88,17 @@ class Encoder(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a decoder, 1 / 2**number of the input's; full-width channel counts."""
+    """A resolution of a decoder, 1 / 2**number of the input's, with its full-width channels.
+
+    Attributes:
+        skip: layer of the encoder that is concatenated at this level.
+        deconv_channels: output channels of the deconvolution, and of interconv if there is one.
+    """
 
     number: int
-    skip: str  # the encoder's layer that joins here
+    skip: str
     skip_channels: int
-    deconv_channels: int  # also those of interconv, if the decoder has it
+    deconv_channels: int
 
 
 LEVELS = (
@@ -107,12 +112,17 @@ FUSION_LEVELS = (Level(1, "conv1_1", 128, 32), Level(0, "conv0", 64, 16))
 
 
 class Decoder(nn.Module):
-    """From the coarsest features to flow, level by level.
+    """Predicts flow level by level, from the coarsest features.
 
-    At each level the skip features, the upsampled features and the upsampled flow of the level
-    below are joined (``concat``); a prediction reads them, through ``interconv`` where there is
-    one.
+    Each level concatenates the skip features with the upsampled features and the upsampled flow of
+    the level below, and predicts flow from them, through ``interconv`` if there is one.
+
+    Attributes:
+        crop: crop what is upsampled to the size of the skip features, for inputs whose sides are
+            not multiples of 64.
     """
+
+    crop = False
 
     def __init__(
         self,
@@ -142,7 +152,12 @@ class Decoder(nn.Module):
         for level in self.levels:
             upsampled = self.get_submodule(f"deconv{level.number}")(concat)
             upflow = self.get_submodule(f"upflow{level.number}")(flows[-1])
-            concat = torch.cat((features[level.skip], upsampled, upflow), dim=1)
+            skip = features[level.skip]
+            if self.crop:
+                upsampled, upflow = (
+                    x[:, :, : skip.shape[2], : skip.shape[3]] for x in (upsampled, upflow)
+                )
+            concat = torch.cat((skip, upsampled, upflow), dim=1)
             read = concat
             if self.interconv:
                 read = self.get_submodule(f"interconv{level.number}")(concat)
@@ -153,9 +168,9 @@ class Decoder(nn.Module):
 class EncoderDecoder(nn.Module):
     """One encoder over all inputs, and its decoder: FlowNetSimple, FlowNet-SD, Fusion.
 
-    ``[N, inputs, H, W]`` to the predictions of its levels, coarsest first, each
-    ``[N, 2, H / 2**level, W / 2**level]``: levels 6 to 2 in units of 20 pixels for S, of 0.05
-    pixels for SD, 2 to 0 in pixels for Fusion.
+    Maps ``[N, inputs, H, W]`` to the predictions of its levels, coarsest first, each
+    ``[N, 2, H / 2**level, W / 2**level]``. S predicts levels 6 to 2 in units of 20 pixels, SD
+    levels 6 to 2 in units of 0.05 pixels, and Fusion levels 2 to 0 in pixels.
     """
 
     def __init__(
@@ -186,9 +201,9 @@ CORRELATION = {
 
 
 class FlowNetC(nn.Module):
-    """FlowNetCorr: features of each image, compared by correlation.
+    """FlowNetCorr: compares the features of the two images by correlation.
 
-    Two images ``[N, 3, H, W]`` to predictions as :class:`EncoderDecoder` gives them for S.
+    Maps two images ``[N, 3, H, W]`` to the same predictions as :class:`EncoderDecoder` for S.
     """
 
     def __init__(self, width: Fraction) -> None:

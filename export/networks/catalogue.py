@@ -8,13 +8,13 @@ FULL, THIN = Fraction(1), Fraction(3, 8)
 
 @dataclass(frozen=True)
 class Network:
-    """One network of the original release.
+    """A network of the original release.
 
     Attributes:
         name: as the release spells it; names that differ only in case are different networks.
-        cascade: "C", "S" or "SD" for each network in turn, each after the first refining the flow
-            of the one before.
-        width: share of the full channel counts.
+        cascade: kind of each network in order: "C", "S" or "SD". Each after the first refines the
+            flow of the previous one.
+        width: fraction of the full channel counts.
         fusion: whether SD runs beside the cascade and Fusion joins both.
     """
 
@@ -22,6 +22,11 @@ class Network:
     cascade: tuple[str, ...]
     width: Fraction = FULL
     fusion: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """True if a single C, S or SD is the whole network."""
+        return len(self.cascade) == 1 and not self.fusion
 
 
 NETWORKS: dict[str, Network] = {

@@ -1,7 +1,7 @@
-"""The operators of the FlowNet2 networks that are not plain convolutions, with Caffe's semantics.
+"""Operators of the FlowNet2 networks other than convolutions, with Caffe's semantics.
 
-Shapes are PyTorch's: features and images ``[N, C, H, W]``, flow ``[N, 2, H, W]`` with u (to the
-right) before v (down), in pixels of the tensor it goes with.
+Features and images are ``[N, C, H, W]``. Flow is ``[N, 2, H, W]``, u (to the right) before v
+(down), in pixels of the tensor it belongs to.
 """
 
 import functools
@@ -22,12 +22,12 @@ def correlation(
     stride1: int,
     stride2: int,
 ) -> Tensor:
-    """Cost volume of two feature maps (Caffe layer ``Correlation``; FlowNet, section 3).
+    """Compute the cost volume of two feature maps (Caffe layer ``Correlation``; FlowNet, sec. 3).
 
     Channel ``(dy_index * D + dx_index)`` with ``D = 2 * (max_displacement // stride2) + 1`` holds
     the mean over channels and kernel window of ``a(y, x) * b(y + dy, x + dx)``, zero outside.
 
-    ``correlation.register_kernel("cuda", kernel)`` gives a device another implementation.
+    ``correlation.register_kernel("cuda", kernel)`` replaces the implementation on a device.
 
     Args:
         a, b: ``[N, C, H, W]`` of one shape.
@@ -79,26 +79,26 @@ def banded_correlation(
     stride1: int,
     stride2: int,
 ) -> Tensor:
-    """:func:`correlation` in standard operators: one batched matrix product for each dy.
+    """Compute :func:`correlation` in standard operators: one batched matrix product for each dy.
 
-    A product compares every column of a row with every column; the diagonals within reach are the
-    cost volume, cut out by a reshape. (441 shifted products, or one product over all pairs of
-    positions, take several times as long.)
+    Each product compares every column of a row with every column of another row. The diagonals
+    within reach are the cost volume, cut out by a reshape. (441 shifted products, or one product
+    over all pairs of positions, take several times as long.)
     """
     height, width = a.shape[2:]
     radius = max_displacement // stride2
-    # The window of `a` runs over the padded map less the border that displacements may reach;
-    # `b` keeps that border (`reach` covers a max_displacement that stride2 does not divide).
+    # The window of `a` covers the padded map without the border that displacements reach; `b`
+    # keeps that border. `reach` handles a max_displacement that stride2 does not divide.
     reach = radius * stride2
     border = pad - max_displacement
-    # On both sides, so that half precision neither overflows nor underflows.
+    # Scale both factors, so that half precision neither overflows nor underflows.
     scale = a.shape[1] ** -0.5
     a = F.pad(a * scale, (border,) * 4)
     b = F.pad(b * scale, (border + reach,) * 4)
     rows, columns = height + 2 * border, width + 2 * border
 
-    # Columns of one residue modulo stride2 only ever meet columns of the same residue, so they are
-    # laid side by side; the row products below then compute few pairs that nobody asked for.
+    # Columns are only compared with columns of the same residue modulo stride2, so these are
+    # grouped; the row products below then compute few unneeded pairs.
     groups = (columns + stride2 - 1) // stride2
     missing = groups * stride2 - columns
     a = F.pad(a, (0, missing)).unflatten(3, (groups, stride2)).permute(0, 2, 4, 3, 1)
@@ -107,7 +107,8 @@ def banded_correlation(
     for dy in range(2 * radius + 1):
         # [N, rows, stride2, groups, groups + 2 radius]
         product = a @ b.narrow(1, dy * stride2, rows)
-        # [N, dx, rows, groups, stride2]; turned one by one, which takes a fifth of the time.
+        # [N, dx, rows, groups, stride2]; a transpose for each dy takes a fifth of the time of one
+        # transpose of all.
         bands.append(_band(product, 2 * radius + 1).permute(0, 4, 1, 3, 2))
     # [N, dy * dx, rows, columns]
     volume = torch.cat(bands, dim=1).flatten(3).narrow(3, 0, columns)
@@ -117,9 +118,9 @@ def banded_correlation(
 
 
 def _band(product: Tensor, width: int) -> Tensor:
-    """Diagonals 0..width-1 of ``[..., n, n + width - 1]`` as ``[..., n, width]``.
+    """Return diagonals 0..width-1 of ``[..., n, n + width - 1]`` as ``[..., n, width]``.
 
-    One element more a row shifts row i by i places: a reshape instead of a gather.
+    Padding each row by one element shifts row i by i places: a reshape instead of a gather.
     """
     n, m = product.shape[-2:]
     skewed = F.pad(product.flatten(-2), (0, n)).unflatten(-1, (n, m + 1))
@@ -127,30 +128,32 @@ def _band(product: Tensor, width: int) -> Tensor:
     return band
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Bring the second image onto the first by the flow (Caffe layer ``FlowWarp``).
+def warp(image: Tensor, flow: Tensor, edge: bool = False) -> Tensor:
+    """Warp the second image onto the first by the flow (Caffe layer ``FlowWarp``).
 
-    Bilinear; a source point left of 0 or at ``width`` and beyond (likewise vertically) gives zero;
+    Bilinear. A source point left of 0 or at ``width`` and beyond (likewise vertically) gives zero;
     inside, the right and lower neighbours are clamped to the last column and row.
 
     Args:
-        image: ``[N, C, H, W]``. flow: ``[N, 2, H, W]``.
+        image: ``[N, C, H, W]``.
+        flow: ``[N, 2, H, W]``.
+        edge: clamp source points outside the image to its edge instead.
     """
     height, width = image.shape[2:]
     x = flow[:, 0] + torch.arange(width, device=flow.device, dtype=flow.dtype)
     y = flow[:, 1] + torch.arange(height, device=flow.device, dtype=flow.dtype)[:, None]
     inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
     # Border padding in grid_sample clamps the coordinate itself, which between the last column and
-    # the image's edge gives what clamping the neighbour gives.
-    # Joined as planes, then turned: OpenVINO takes five times as long to join them pixel by pixel.
+    # the image's edge equals clamping the neighbour.
+    # Stacked as planes and transposed: OpenVINO takes five times as long to interleave them.
     grid = torch.stack((2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1), dim=1)
     grid = grid.permute(0, 2, 3, 1)
     sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return sampled * inside[:, None].to(image.dtype)
+    return sampled if edge else sampled * inside[:, None].to(image.dtype)
 
 
 def channel_norm(x: Tensor) -> Tensor:
-    """L2 norm over channels, ``[N, C, H, W]`` to ``[N, 1, H, W]`` (Caffe layer ``ChannelNorm``)."""
+    """Return the L2 norm over channels, ``[N, 1, H, W]`` (Caffe layer ``ChannelNorm``)."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return norm
 
@@ -159,12 +162,12 @@ def resample(x: Tensor, height: int, width: int, shrink: int = 1) -> Tensor:
     """Resize to `height` x `width` as Caffe's layer ``Resample`` does (LINEAR, antialias on).
 
     An output is the mean of the inputs around its position, weighted by a triangle as wide as a
-    pixel of the input, or where the image shrinks, of the output. As in Caffe, the half-pixel
-    offset of each axis is that of the other axis' factor. The arithmetic is in float32.
+    pixel of the input, or of the output if the image shrinks. As in Caffe, the half-pixel offset of
+    each axis uses the factor of the other axis. The arithmetic is float32.
 
     Args:
         x: ``[N, C, H, W]``.
-        shrink: how many times smaller an axis gets at most, rounded up; 1 if both grow.
+        shrink: largest factor by which an axis shrinks, rounded up; 1 if both grow.
     """
     rows, columns = (
         torch.tensor(old / new, device=x.device)
@@ -174,7 +177,7 @@ def resample(x: Tensor, height: int, width: int, shrink: int = 1) -> Tensor:
     for axis, size, factor, other in ((2, height, rows, columns), (3, width, columns, rows)):
         radius = torch.where(widened, factor, 1.0)
         centre = torch.arange(size, device=x.device) * factor + (other / 2 - 0.5)
-        # All inputs nearer than the radius, [taps, size].
+        # Indices of all inputs nearer than the radius, [taps, size].
         taps = torch.arange(1, 2 * shrink + 1, device=x.device)
         index = torch.floor(centre - radius) + taps[:, None]
         inside = (index >= 0) & (index < x.shape[axis])
@@ -183,18 +186,23 @@ def resample(x: Tensor, height: int, width: int, shrink: int = 1) -> Tensor:
         if axis == 2:
             weight = weight[:, :, None]
         index = index.clamp(0, x.shape[axis] - 1).long()
-        # A gather and a product for each tap: many times faster than one product of matrices.
+        # A gather and a product for each tap are many times faster than one matrix product.
         terms = [x.index_select(axis, i) * w for i, w in zip(index, weight, strict=True)]
         x = functools.reduce(torch.add, terms)
     return x
 
 
 def upsample_aligned(x: Tensor) -> Tensor:
-    """Four times as high and wide, bilinear with corners aligned (Caffe layer ``Accum``)."""
+    """Upsample by four, bilinear with aligned corners (Caffe layer ``Accum``)."""
     size = (4 * x.shape[2], 4 * x.shape[3])
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
+def upsample_unaligned(x: Tensor) -> Tensor:
+    """Upsample by four, bilinear with half-pixel centres."""
+    return F.interpolate(x, scale_factor=4.0, mode="bilinear", align_corners=False)
+
+
 def upsample_nearest(x: Tensor) -> Tensor:
-    """Four times as high and wide, nearest (Caffe layer ``Resample``, NEAREST)."""
+    """Upsample by four, nearest (Caffe layer ``Resample``, NEAREST)."""
     return F.interpolate(x, scale_factor=4.0, mode="nearest")

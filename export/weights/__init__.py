@@ -1,8 +1,8 @@
-"""Reading and writing weight files.
+"""Reading and writing of weight files.
 
-Read: Caffe ``.caffemodel`` (binary) and ``.caffemodel.h5`` of the original release, ``.pth.tar``
-checkpoints of NVIDIA's port, and our own ``.safetensors``. The kind of file is told by its content.
-Nothing in a file is executed.
+Readable are Caffe's ``.caffemodel`` and ``.caffemodel.h5`` of the original release, PyTorch
+checkpoints of the projects in :mod:`export.weights.sources`, and our own ``.safetensors``. The
+content decides what kind a file is. Nothing in a file is executed.
 """
 
 from export.weights.file import Layer, WeightFile, WeightsError

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from export.networks import Network
 from export.weights.file import AUTHORS_LICENSE, Layer, WeightFile, WeightsError
 
-# The part of caffe.proto that holds weights. Packed floats and bytes look the same on the wire: as
-# bytes, NumPy reads them without a copy.
+# The part of caffe.proto that holds weights. Packed floats are declared as bytes, which have the
+# same encoding, so that NumPy reads them without a copy.
 SCHEMA = """
 name: "caffe.proto" package: "caffe"
 message_type { name: "BlobShape"
@@ -44,7 +44,7 @@ CAFFE_PREFIX = {"net1": "", "net2": "net2_", "net3": "net3_", "sd": "netsd_", "f
 
 
 def caffe_names(network: Network, block: str, layer: str) -> tuple[str, ...]:
-    """Names that the original release gives a layer (deploy prototxts of lmb-freiburg/flownet2)."""
+    """Return a layer's names in the original release (prototxts of lmb-freiburg/flownet2)."""
     prefix = "" if network.cascade == ("SD",) else CAFFE_PREFIX[block]
     if layer.startswith("predict"):
         level = int(layer.removeprefix("predict"))
@@ -114,8 +114,11 @@ def _blob_array(path: Path, layer: str, blob: Any) -> NDArray[np.float32]:
 
 
 def _from_caffe_blobs(path: Path, blobs: Mapping[str, list[NDArray[Any]]]) -> WeightFile:
-    """Caffe's blobs of each layer: weight and bias, or for ``DataAugmentation`` iteration count,
-    per-pixel mean and per-channel mean."""
+    """Convert Caffe's blobs of each layer.
+
+    Layers have a weight and a bias; ``DataAugmentation`` layers have an iteration count, a
+    per-pixel mean and a per-channel mean.
+    """
     means = []
     for layer in ("img0s_aug", "img1s_aug"):
         if len(blobs.get(layer, ())) != 3 or blobs[layer][2].size != 3:
@@ -132,5 +135,11 @@ def _from_caffe_blobs(path: Path, blobs: Mapping[str, list[NDArray[Any]]]) -> We
         tensors = [torch.from_numpy(np.array(value, np.float32)) for value in values]
         layers[name] = Layer(tensors[0], tensors[1].reshape(-1) if len(tensors) > 1 else None)
     return WeightFile(
-        layers, caffe_names, path.name, AUTHORS_LICENSE, mean1=means[0], mean2=means[1]
+        layers,
+        caffe_names,
+        source=path.name,
+        license=AUTHORS_LICENSE,
+        description="Caffe: BGR, stored mean",
+        mean1=means[0],
+        mean2=means[1],
     )

@@ -21,7 +21,7 @@ import pytest
 from export.engine import build, plans
 from export.engine.gpu import EngineError, Gpu
 from export.graph import correlation_function, export_onnx
-from export.networks import NETWORKS, FlowNet2
+from export.networks import NETWORKS, FlowNet2, Semantics
 from flownet2.contract import BATCH_EDGE, GRID, MAX_BATCH_SIZE
 from plugins.correlation_cases import FLOWNET_CASES
 from tests.support.correlation_model import one_node_model
@@ -99,7 +99,9 @@ def test_builder_takes_every_network(exported: Exported, rtx: Rtx) -> None:
 
 def test_builder_takes_means_over_both_images(tmp_path: Path, rtx: Rtx) -> None:
     """As NVIDIA's port normalises."""
-    onnx.save(export_onnx(FlowNet2(NETWORKS["FlowNet2-s"], pair_mean=True)), tmp_path / "s.onnx")
+    onnx.save(
+        export_onnx(FlowNet2(NETWORKS["FlowNet2-s"], Semantics(mean="pair"))), tmp_path / "s.onnx"
+    )
     assert rtx.build(rtx.parse(tmp_path / "s.onnx")).nbytes
 
 

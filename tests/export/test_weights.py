@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export.networks import NETWORKS, FlowNet2
+from export.networks import NETWORKS, FlowNet2, Semantics
 from export.weights import (
     WeightsError,
     load_weights,
     save_weights,
 )
-from export.weights.nvidia import nvidia_names
 from tests.support.caffe_reference import Blobs, make_blobs, write_h5
 
 THIN_C = NETWORKS["FlowNet2-c"]
@@ -59,7 +58,7 @@ def test_the_three_caffe_formats_hold_the_same(tmp_path: Path) -> None:
     binary, _ = load_weights(network, write_caffemodel(tmp_path / "a.caffemodel", blobs))
     legacy, _ = load_weights(network, write_caffemodel(tmp_path / "b.caffemodel", blobs, True))
     for model in (hdf5, binary, legacy):
-        assert not model.pair_mean
+        assert model.semantics.mean == "stored"
         np.testing.assert_array_equal(model.mean1.flatten(), np.float32([0.41, 0.43, 0.45]))
         np.testing.assert_array_equal(model.mean2.flatten(), np.float32([0.40, 0.44, 0.46]))
         first = model.get_submodule("blocks.net1.stem.conv1").weight
@@ -82,57 +81,8 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
         assert torch.equal(parameters(again)[name], value.half().float()), name
 
 
-def nvidia_checkpoint(model: FlowNet2, batch_norm: bool = False) -> dict[str, torch.Tensor]:
-    """The state of NVIDIA's modules that computes what `model` does on RGB images."""
-    state: dict[str, torch.Tensor] = {}
-    for (block, layer), module in model.layers().items():
-        name = nvidia_names(model.network, block, layer)[0]
-        weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
-        if layer == "conv1" and weight.shape[1] in (3, 6):
-            weight = weight.unflatten(1, (-1, 3)).flip(2).flatten(1, 2)
-        elif layer == "conv1":
-            weight[:, :9] = weight[:, :9].unflatten(1, (3, 3)).flip(2).flatten(1, 2)
-        if batch_norm and name == "flownetc.conv3_1.0":
-            norm = name.removesuffix("0") + "1."
-            gain, mean = torch.rand(len(bias)) + 0.5, torch.randn(len(bias))
-            variance = torch.rand(len(bias)) + 0.5
-            state[norm + "weight"], state[norm + "running_mean"] = gain, mean
-            state[norm + "running_var"] = variance
-            state[norm + "bias"] = torch.zeros(len(bias))
-            state[norm + "num_batches_tracked"] = torch.tensor(3)
-            scale = gain / (variance + 1e-5).sqrt()
-            weight = weight / scale[:, None, None, None]
-            module.bias.data = -mean * scale  # what folding must give: the conv has no bias
-            state[name + ".weight"] = weight
-            continue
-        state[name + ".weight"] = weight
-        if block == "net2" and layer.startswith("upflow"):  # FlowNetS has none there
-            module.bias.data.zero_()
-        else:
-            state[name + ".bias"] = bias
-    return state
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_nvidia_checkpoint_with_batch_norm(tmp_path: Path, legacy: bool) -> None:
-    blobs = make_blobs(["c", "s"], 1)
-    network = NETWORKS["FlowNet2-CS"]
-    model, _ = load_weights(network, write_h5(tmp_path / "cs.h5", blobs))
-    path = tmp_path / "FlowNet2-CS_checkpoint.pth.tar"
-    state = nvidia_checkpoint(model, batch_norm=True)
-    torch.save(
-        {"epoch": 0, "state_dict": state, "best_EPE": 1e10},
-        path,
-        _use_new_zipfile_serialization=not legacy,
-    )
-    again, _ = load_weights(network, path)
-    assert again.pair_mean
-    for name, value in parameters(model).items():
-        torch.testing.assert_close(parameters(again)[name], value)
-
-
 def test_pair_mean_is_of_both_images_together() -> None:
-    model = FlowNet2(THIN_C, pair_mean=True)
+    model = FlowNet2(THIN_C, Semantics(mean="pair"))
     first, second = torch.randint(0, 256, (2, 2, 64, 64, 3), dtype=torch.uint8)
     a, b = model.normalise(first, second)
     mean = np.stack([first, second], axis=1).reshape(2, -1, 3).mean(1)[:, ::-1] / 255

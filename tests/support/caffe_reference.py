@@ -1,10 +1,12 @@
-"""The Caffe networks once more, straight down and by Caffe's layer names, to hold ours against.
+"""Independent implementation of the Caffe networks, by Caffe's layer names.
 
-Nothing of export/ is used: layers come from a table of their own, the custom layers are NumPy.
+It uses nothing of export/: layers come from a table of their own, the custom layers are NumPy.
 Weights are a dict from Caffe layer name to (weight, bias), as a ``.caffemodel.h5`` stores them.
+:class:`Options` are what other projects do differently from Caffe.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,29 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Blobs = dict[str, list[Array]]
+
+
+@dataclass
+class Options:
+    """What a project does differently from Caffe.
+
+    Attributes:
+        mean: the mean that is subtracted: "stored" in the blobs, of the "pair", of each "image",
+            or three numbers in the channel order of the network.
+        unit, sd_unit: pixels in a unit of the predictions.
+    """
+
+    rgb: bool = False
+    mean: str | tuple[float, float, float] = "stored"
+    summed: bool = False
+    unit: float = 20
+    sd_unit: float = 0.05
+    edge: bool = False
+    aligned: bool = True
+    resized: bool = True
+
+
+CAFFE = Options()
 
 TAIL = [("conv4", 512), ("conv4_1", 512), ("conv5", 512), ("conv5_1", 512), ("conv6", 1024),
         ("conv6_1", 1024)]  # fmt: skip
@@ -127,12 +152,14 @@ def correlate(a: Array, b: Array) -> Array:
     )
 
 
-def warp(image: Array, flow: Array) -> Array:
-    """Caffe's FlowWarp: zero outside; right and lower neighbours are clamped."""
+def warp(image: Array, flow: Array, edge: bool = False) -> Array:
+    """Caffe's FlowWarp: zero outside, or clamped; right and lower neighbours are clamped."""
     n, _, height, width = image.shape
     out = np.zeros_like(image)
     for i in range(n):
         x2, y2 = np.arange(width) + flow[i, 0], np.arange(height)[:, None] + flow[i, 1]
+        if edge:
+            x2, y2 = x2.clip(0, width - 1), y2.clip(0, height - 1)
         y, x = np.nonzero((x2 >= 0) & (y2 >= 0) & (x2 < width) & (y2 < height))
         x2, y2 = x2[y, x], y2[y, x]
         left, top = x2.astype(int), y2.astype(int)
@@ -182,6 +209,18 @@ def upsample_aligned(x: Array, height: int, width: int) -> Array:
     return x
 
 
+def upsample_centred(x: Array, height: int, width: int) -> Array:
+    """Bilinear between the pixels' centres, one axis after the other."""
+    for axis, size in ((2, height), (3, width)):
+        old = x.shape[axis]
+        at = ((np.arange(size) + 0.5) * (old / size) - 0.5).clip(0)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, old - 1)
+        share = (at - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        x = np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
+    return x
+
+
 def norm(x: Array) -> Array:
     """L2 norm over channels."""
     return np.sqrt((x * x).sum(1, keepdims=True))
@@ -214,6 +253,8 @@ class _Net:
             level -= 1
             up = _leaky(self.deconv(f"{self.prefix}deconv{level}", concat))
             flow_up = self.deconv(_upflow(self.prefix, level + 1), flow)
+            height, width = skips[level].shape[2:]  # smaller if the input's are no multiples of 64
+            up, flow_up = up[:, :, :height, :width], flow_up[:, :, :height, :width]
             concat = np.concatenate([skips[level], up, flow_up], 1)
             read = self.linear(f"{self.prefix}interconv{level}", concat) if inter else concat
             flow = self.linear(_prediction(self.prefix, start, level), read)
@@ -227,11 +268,12 @@ def _tail(net: _Net, x: Array) -> tuple[Array, dict[int, Array]]:
     return conv6, {5: conv5, 4: conv4, 3: x}
 
 
-def _c(net: _Net, image1: Array, image2: Array) -> Array:
+def _c(net: _Net, image1: Array, image2: Array, summed: bool) -> Array:
     a2 = net.conv("conv2", net.conv("conv1", image1, 2), 2)
     b2 = net.conv("conv2", net.conv("conv1", image2, 2), 2)
     a3, b3 = net.conv("conv3", a2, 2), net.conv("conv3", b2, 2)
-    joined = np.concatenate([net.conv("conv_redir", a3), _leaky(correlate(a3, b3))], 1)
+    cost = _leaky(correlate(a3, b3)) * (a3.shape[1] if summed else 1)
+    joined = np.concatenate([net.conv("conv_redir", a3), cost], 1)
     top, skips = _tail(net, net.conv("conv3_1", joined))
     return net.decode("c", top, skips | {2: a2}, False)
 
@@ -249,40 +291,56 @@ def _sd(net: _Net, x: Array) -> Array:
     return net.decode("", top, skips | {2: conv2}, True)
 
 
-def run(nets: list[str], blobs: Blobs, image1: Array, image2: Array) -> Array:
-    """uint8 RGB ``[N, H, W, 3]`` to flow ``[N, H, W, 2]`` in float64."""
+def _normalise(image: Array, blobs: Blobs, layer: str, pair: Array, options: Options) -> Array:
+    order = slice(None) if options.rgb else slice(None, None, -1)
+    if options.mean == "stored":
+        mean = blobs[layer][2].reshape(3)
+    elif isinstance(options.mean, str):
+        of = pair if options.mean == "pair" else image[:, None]
+        mean = of.mean((1, 2, 3))[:, None, None, order] / 255.0
+    else:
+        mean = np.array(options.mean)
+    return (image[..., order] / 255.0 - mean).transpose(0, 3, 1, 2)
+
+
+def run(
+    nets: list[str], blobs: Blobs, image1: Array, image2: Array, options: Options = CAFFE
+) -> Array:
+    """Compute flow ``[N, H, W, 2]`` in float64 from uint8 RGB ``[N, H, W, 3]``."""
     height, width = image1.shape[1:3]
-    big = [-(-size // 64) * 64 for size in (height, width)]
+    big = [-(-size // 64) * 64 if options.resized else size for size in (height, width)]
+    both = np.stack([image1, image2], 1)
     first, second = (
-        resample(
-            image[..., ::-1].transpose(0, 3, 1, 2) / 255.0
-            - blobs[layer][2].astype(np.float64).reshape(1, 3, 1, 1),
-            *big,
-        )
+        _normalise(image, blobs, layer, both, options)
         for image, layer in ((image1, "img0s_aug"), (image2, "img1s_aug"))
     )
+    if options.resized:
+        first, second = resample(first, *big), resample(second, *big)
     pair = np.concatenate([first, second], 1)
     cascade = [kind for kind in nets if kind in ("c", "s", "s-thin")]
     sd = None
     if "sd" in nets:
-        sd = _sd(_Net(blobs, "" if nets == ["sd"] else "netsd_"), pair) * 0.05
+        sd = _sd(_Net(blobs, "" if nets == ["sd"] else "netsd_"), pair) * options.sd_unit
+    upsample = upsample_aligned if options.aligned else upsample_centred
     prediction = None
     for position, kind in enumerate(cascade, start=1):
         net = _Net(blobs, "" if position == 1 else f"net{position}_")
         if prediction is None:
-            prediction = _c(net, first, second) if kind == "c" else _s(net, kind, pair)
-        else:
-            flow = upsample_aligned(prediction * 20, *big)
-            warped = warp(second, flow)
-            prediction = _s(
-                net, kind, np.concatenate([pair, warped, flow / 20, norm(first - warped)], 1)
+            prediction = (
+                _c(net, first, second, options.summed) if kind == "c" else _s(net, kind, pair)
             )
+        else:
+            flow = upsample(prediction * options.unit, *big)
+            warped = warp(second, flow, options.edge)
+            inputs = [pair, warped, flow / options.unit, norm(first - warped)]
+            prediction = _s(net, kind, np.concatenate(inputs, 1))
     if "fusion" in nets:
         assert prediction is not None
         assert sd is not None
-        css, sd = ((x).repeat(4, 2).repeat(4, 3) for x in (prediction * 20, sd))
-        inputs = [first, sd, css, norm(sd), norm(css), norm(first - warp(second, sd)),
-                  norm(first - warp(second, css))]  # fmt: skip
+        css, sd = ((x).repeat(4, 2).repeat(4, 3) for x in (prediction * options.unit, sd))
+        inputs = [first, sd, css, norm(sd), norm(css),
+                  norm(first - warp(second, sd, options.edge)),
+                  norm(first - warp(second, css, options.edge))]  # fmt: skip
         net = _Net(blobs, "fuse_")
         x = np.concatenate(inputs, 1)
         conv0 = net.conv("conv0", x)
@@ -290,6 +348,8 @@ def run(nets: list[str], blobs: Blobs, image1: Array, image2: Array) -> Array:
         conv2 = net.conv("conv2_1", net.conv("conv2", conv1, 2))
         flow = net.decode("", conv2, {1: conv1, 0: conv0}, True)
     else:
-        flow = prediction * 20 if prediction is not None else sd
+        flow = prediction * options.unit if prediction is not None else sd
+    if not options.resized:
+        return upsample_centred(flow, height, width).transpose(0, 2, 3, 1)
     scale = np.array([width / big[1], height / big[0]])
     return resample(flow, height, width).transpose(0, 2, 3, 1) * scale
