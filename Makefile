@@ -8,13 +8,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 REPOSITORY := model_repository
 NETWORK ?= FlowNet2
 
-.PHONY: help serve test lint bench soak parity images-test up weights model openapi lock clean
+.PHONY: help serve reload test lint bench soak parity images-test up weights model openapi lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 serve: $(VENV)/.serve $(REPOSITORY)/flownet2/1/model.onnx ## run Triton and the gateway on http://127.0.0.1:5003
+	@$(BIN)/python -m launch.gpu
 	@$(BIN)/python -m launch
+
+reload: ## have a running `make serve` load the models of the repository again
+	@$(BIN)/python -m launch.state
 
 test: $(VENV)/.dev lint ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -q

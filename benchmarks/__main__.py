@@ -16,7 +16,7 @@ from benchmarks.report import bypass_proxies, machine
 from export.repository import HALF_MODEL
 from export.shipped import write_shipped
 from flownet2.contract import MODEL_NAME
-from launch import triton
+from launch import triton, wheel
 from launch.errors import LaunchError
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -49,7 +49,7 @@ def sections() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         network = write_shipped(Path(folder))
         half = Path(folder) / MODEL_NAME / "1" / HALF_MODEL
-        with triton.serve(Path(folder)) as server:
+        with wheel.serve(Path(folder)) as server:
             address = server.address
             errors = accuracy.compare(address, network, half)
             yield f"## Accuracy of the shipped {network}\n\n{errors}"

@@ -21,7 +21,7 @@ from benchmarks.perf_analyzer import SIZE, PerfAnalyzer, Unavailable
 from benchmarks.report import bypass_proxies, table
 from benchmarks.samples import sample_folders
 from export.shipped import write_shipped
-from launch import triton
+from launch import triton, wheel
 
 JOBS = 4
 FRAMES = 97
@@ -119,7 +119,7 @@ def main() -> None:
     bypass_proxies()
     with tempfile.TemporaryDirectory() as folder:
         write_shipped(Path(folder))
-        with triton.serve(Path(folder)) as server:
+        with wheel.serve(Path(folder)) as server:
             print(throughput(server.address), flush=True)
             print(memory(server.address))
 

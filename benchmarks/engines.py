@@ -23,7 +23,7 @@ from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
 from export.served.openvino_engine import OpenVinoEngine, available_cores, has_bfloat16
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
-from launch import triton
+from launch import wheel
 
 NETWORK = "FlowNet2"
 ROUNDS = 5
@@ -43,7 +43,7 @@ def compare() -> str:
         write_model(Path(folder), "flownet2", export_onnx(model), {"network": NETWORK})
         file = Path(folder) / "flownet2" / "1" / "model.onnx"
         with (
-            triton.serve(Path(folder)) as server,
+            wheel.serve(Path(folder)) as server,
             grpc.InferenceServerClient(server.address.grpc) as client,
         ):
             eager = "PyTorch eager, fp32"

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.report import bypass_proxies, table
 from benchmarks.samples import SAMPLES, sample_folders
 from flownet2.contract import IMAGE_INPUTS, MODEL_NAME
-from launch import triton
+from launch import triton, wheel
 from launch.errors import LaunchError
 
 # The last wheel of tritonclient that carries the program.
@@ -147,7 +147,7 @@ def _fetch(program: Path) -> None:
 def _link_libraries(folder: Path) -> None:
     """Bring the two libraries that few machines have, which tritonserver's wheel has too."""
     folder.mkdir(parents=True, exist_ok=True)
-    wheel_libraries = triton.wheel_libraries()
+    wheel_libraries = wheel.wheel_libraries()
     for name, pattern in {
         "libb64.so.0d": "libb64-*.so.0d",
         "libcudart.so.12": "libcudart-*.so.12*",

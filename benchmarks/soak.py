@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.report import bypass_proxies, machine, table
 from flownet2.contract import IMAGE_INPUTS
-from launch import gateway, triton
+from launch import gateway, triton, wheel
 from launch.check import HealthCheck
 from launch.child import Child
 from launch.ports import free_ports
@@ -89,7 +89,7 @@ def main() -> int:
     def start_triton(address: triton.Address) -> Start:
         @contextlib.contextmanager
         def start(stop: threading.Event) -> Iterator[Child]:
-            with triton.serve(options.repository, address=address, stop=stop) as server:
+            with wheel.serve(options.repository, address=address, stop=stop) as server:
                 yield server.child
 
         return start

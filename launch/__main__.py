@@ -1,10 +1,18 @@
-"""`python -m launch`: Triton and the gateway together, until Ctrl-C or SIGTERM.
+"""`python -m launch`: run Triton and the gateway until Ctrl-C or SIGTERM.
 
-Environment: HOST (127.0.0.1; an IPv4 address or a name of one), PORT (5003, the gateway),
-TRITON_HTTP_PORT (8000), TRITON_GRPC_PORT (8001), TRITON_METRICS_PORT (8002), MODEL_REPOSITORY
-(`model_repository` of this checkout), VERBOSE (1: what the two print is shown, not only their
-errors), TRITON_ADMIN_KEY_FILE (a file with the key to what Triton opens to its operator alone); the
-gateway reads its own variables besides. SIGUSR1 has Triton load the repository's models again.
+Environment variables, besides those of the gateway:
+
+HOST                    address to listen on, IPv4 or IPv6, or a host name (127.0.0.1)
+PORT                    port of the gateway (5003)
+TRITON_HTTP_PORT, TRITON_GRPC_PORT, TRITON_METRICS_PORT
+                        ports of Triton (8000, 8001, 8002)
+MODEL_REPOSITORY        folder of models (`model_repository` of this checkout)
+DEVICE                  cpu: do not use a GPU
+LOG_DIR                 folder for the log (`build` of this checkout)
+VERBOSE                 1: print all output of both servers, not only their errors
+TRITON_ADMIN_KEY_FILE   file with the operator's key for Triton's restricted endpoints
+
+SIGUSR1 (`make reload`) has Triton load the models again.
 """
 
 import contextlib
@@ -19,10 +27,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from launch import gateway, triton
+from flownet2.errors import Error
+from launch import gateway, state, triton, wheel
 from launch.check import HealthCheck, url
 from launch.child import Child, Echo, is_error
-from launch.errors import LaunchError
+from launch.gpu import installed_packages, usable_gpu
 from launch.ports import check_free, port_from_environment
 from launch.supervisor import Supervisor
 
@@ -31,24 +40,29 @@ LOG_BYTES = 2**24
 
 
 def main() -> int:
-    """Run both servers; 0 after a signal, 1 when one cannot start or is given up."""
+    """Run both servers; return 0 after a signal, 1 if one cannot start or is given up."""
     stop, changed = threading.Event(), threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: changed.set())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Under nohup the end of the terminal stays ignored. SIGINT does not: what a script starts
-        # with `&` begins with it ignored, and would outlive a Ctrl-C of that script.
+        # Under nohup SIGHUP stays ignored. SIGINT does not: a script's `command &` starts with it
+        # ignored, and would outlive a Ctrl-C of that script.
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: stop.set())
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.raiseExceptions = False  # a full disk costs the log, not the service
 
     def say(line: str) -> None:
         try:
             print(line, flush=True)
-        except BrokenPipeError:  # whoever read our output is gone
+        except BrokenPipeError:  # the reader of our output is gone
             stop.set()
+        except OSError:  # a full disk
+            pass
 
     try:
         _run(stop, changed, say)
-    except (LaunchError, OSError) as error:
+    except (Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -57,24 +71,23 @@ def main() -> int:
 def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
     address = triton.Address.from_environment()
     port = port_from_environment("PORT", 5003)
-    check_free(
-        address.host,
-        {
-            "PORT": port,
-            "TRITON_HTTP_PORT": address.http_port,
-            "TRITON_GRPC_PORT": address.grpc_port,
-            "TRITON_METRICS_PORT": address.metrics_port,
-        },
-    )
+    check_free(address.host, {"PORT": port, **address.ports})
     repository = Path(os.environ.get("MODEL_REPOSITORY") or PROJECT / "model_repository")
-    log = PROJECT / "build" / f"serve-{port}.log"
+    log = state.folder() / f"serve-{port}.log"
     echo = _output(log, say)
 
     running: list[triton.Triton] = []
 
     @contextlib.contextmanager
     def start_triton(stop: threading.Event) -> Iterator[Child]:
-        with triton.serve(repository, address=address, echo=echo("triton"), stop=stop) as server:
+        with wheel.serve(
+            repository,
+            address=address,
+            gpu_packages=packages,
+            echo=echo("triton"),
+            say=say,
+            stop=stop,
+        ) as server:
             running[:] = [server]
             yield server.child
 
@@ -85,10 +98,15 @@ def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
     def start_gateway(stop: threading.Event) -> AbstractContextManager[Child]:
         return gateway.serve(address, port, echo=echo("gateway"), stop=stop)
 
+    packages = None
+    if gpu := usable_gpu(say):
+        packages = installed_packages()
+        used = "" if packages else " is not used: `make serve` installs what it needs"
+        say(f"GPU: {gpu.name}{used}")
     say(f"Starting Triton: some seconds, more with a large network (log: {log})")
     begin = time.monotonic()
     health = HealthCheck(address.host, address.http_port)
-    with Supervisor(start_triton, health.fault, say) as server:
+    with state.announced(port), Supervisor(start_triton, health.fault, say) as server:
         if not _is_ready(server, stop):
             return
         say(f"Triton is ready after {time.monotonic() - begin:.0f} s; starting the gateway")
@@ -104,7 +122,7 @@ def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
 
 
 def _is_ready(server: Supervisor, stop: threading.Event) -> bool:
-    """Wait for a server; False when told to stop first."""
+    """Wait for a server; return False if `stop` is set first."""
     while not server.ready():
         if stop.wait(0.1):
             return False
@@ -112,8 +130,10 @@ def _is_ready(server: Supervisor, stop: threading.Event) -> bool:
 
 
 def _output(file: Path, say: Echo) -> Callable[[str], Echo]:
-    """Where a server's lines go, by its name: into the file, and errors to the terminal too."""
-    file.parent.mkdir(exist_ok=True)
+    """Return a function from a server's name to the receiver of its output lines.
+
+    All lines go into the file, errors to the terminal too.
+    """
     file.unlink(missing_ok=True)
     log = logging.getLogger("launch")
     log.setLevel(logging.INFO)

@@ -15,7 +15,7 @@ from typing import Any
 from flownet2.contract import FLOW_OUTPUT, IMAGE_TYPE
 from flownet2.triton import health_check
 from launch.errors import LaunchError
-from launch.ports import host_from_environment, port_from_environment
+from launch.ports import bracketed, host_from_environment, port_from_environment, reachable
 
 TIMEOUT_SECONDS = 2.0
 
@@ -127,19 +127,13 @@ def answers_ok(host: str, port: int, path: str) -> bool:
 
 def url(host: str, port: int) -> str:
     """Return the URL of a server on this machine that is bound to `host`."""
-    return f"http://{reachable(host)}:{port}"
-
-
-def reachable(host: str) -> str:
-    """Return an address that reaches a server bound to `host`, in brackets if it is IPv6."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"[{host}]" if ":" in host else host
+    return f"http://{bracketed(reachable(host))}:{port}"
 
 
 def main() -> int:
     """Check the Triton that HOST and TRITON_HTTP_PORT name."""
     try:
-        host = host_from_environment("HOST", "127.0.0.1")
+        host = host_from_environment()
         fault = HealthCheck(host, port_from_environment("TRITON_HTTP_PORT", 8000)).fault()
     except (LaunchError, OSError) as error:
         fault = str(error)

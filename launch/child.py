@@ -1,4 +1,4 @@
-"""A child process that logs under its name, ends with its parent, and leaves nothing behind."""
+"""A child process: its output, its wait for readiness, and its end with all of its children."""
 
 import contextlib
 import os
@@ -16,32 +16,31 @@ from launch.errors import LaunchError
 
 KEPT_LINES = 400
 
-# Error levels of Triton and of the gateway, an exception's last line, or a crash in C++; and what
-# Triton prints at every failed start or on every machine without a GPU.
-TELLING = re.compile(
+# Error levels of Triton and of the gateway, the last line of a traceback, and a crash in C++; not
+# what Triton prints at every failed start, or on every machine without a GPU.
+ERROR = re.compile(
     r'Z E \d+ |^{.*"level":"(error|critical)"|^\w*(Error|Exception): |^terminate called '
 )
-USUAL = re.compile(
+IGNORED = re.compile(
     r"CudaDriverHelper|Failed to initialize NVML|Internal - failed to load all models"
 )
-# The C++ runtime's last words. Where a stub of the Python backend speaks them, Triton waits on.
+# Triton does not notice that a stub of its Python backend has crashed, and waits for it.
 CRASH = re.compile(r"^terminate called ")
 
 Echo = Callable[[str], None]
 
 
 def is_error(line: str) -> bool:
-    """Whether a line of a child's output says that something is wrong."""
-    return bool(TELLING.search(line) and not USUAL.search(line))
+    """Return True if a line of a child's output reports an error."""
+    return bool(ERROR.search(line) and not IGNORED.search(line))
 
 
 class Child:
     """A running command.
 
     It leads its own process group, so that Ctrl-C in a terminal reaches only the launcher, which
-    then stops its children in order. The kernel sends it SIGTERM when the launcher dies, however
-    that happens (`setpriv --pdeathsig`, from util-linux, which every Debian has); to be exact,
-    when the thread that started it ends: start it from one that lives as long as it shall.
+    then stops its children in order. The kernel sends SIGTERM to the child when the thread that
+    started it ends, so start it from a thread that outlives the child.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Child:
         """Start the command.
 
         Args:
-            name: what the child is called in messages.
+            name: name of the child in messages.
             command: program and arguments.
             environment: the whole environment of the child.
             echo: receives every line of output, without the line end.
@@ -90,15 +89,15 @@ class Child:
         return self._process.poll()
 
     def ended(self) -> str | None:
-        """A sentence on how it ended, or None while it runs."""
+        """Return a sentence about its exit status, or None while it runs."""
         status = self.exit_status()
         return None if status is None else f"{self.name} ended with exit status {status}"
 
     def wait_until(self, ready: Callable[[], bool], seconds: float, stop: threading.Event) -> bool:
-        """Wait until `ready()`; False when `stop` was set first.
+        """Wait until `ready()` returns True; return False if `stop` is set first.
 
         Raises:
-            LaunchError: the child ended, a process of its own crashed, or `seconds` passed.
+            LaunchError: the child exited, one of its processes crashed, or `seconds` passed.
         """
         deadline = time.monotonic() + seconds
         while not ready():
@@ -120,7 +119,7 @@ class Child:
         return True
 
     def stop(self, grace: float) -> None:
-        """SIGTERM; after `grace` seconds SIGKILL to the whole process group."""
+        """Send SIGTERM, and after `grace` seconds SIGKILL to the whole process group."""
         if self.exit_status() is None:
             self._process.terminate()
             try:
@@ -130,12 +129,12 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to whatever is left of the process group."""
+        """Send SIGKILL to all that is left of the process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         with contextlib.suppress(ChildProcessError):  # raised when none is left
-            while True:  # the first process of a container becomes the parent of orphans
+            while True:  # orphans become children of the first process of a container
                 os.waitpid(-self.pid, 0)
         self._reader.join(timeout=2)
         if self._process.stdout:
@@ -149,6 +148,6 @@ class Child:
                 self._crashed.set()
 
     def _reason(self) -> str:
-        """The output line that most likely says what went wrong."""
+        """Return the output line that most likely names the cause."""
         lines = [line.strip() for line in list(self.lines) if line.strip()]
         return (list(filter(is_error, lines)) or lines or ["it printed nothing"])[-1]

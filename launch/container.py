@@ -1,9 +1,10 @@
-"""`python -m launch.container [--gateway] REPOSITORY MODELS…`: what the image of Triton runs.
+"""`python -m launch.container [--gateway] REPOSITORY MODELS…`: the program of Triton's image.
 
-It puts the served repository together and keeps tritonserver running with the fastest configuration
-that works: TensorRT, whose engines it builds first, then ONNX Runtime, then the CPU; and the
-gateway (on PORT) if told to. Until Triton is ready nothing listens, so its probes and the gateway's
-`/readyz` fail while an engine is built. SIGUSR1 has it serve what MODELS hold by then, without a
+It fills the served repository with links to the models, and keeps tritonserver running with the
+fastest configuration that works: TensorRT, whose engines it builds and checks first, then the
+Python backend, which runs ONNX Runtime on a GPU and OpenVINO on the CPU. With `--gateway` it also
+runs the gateway (on PORT). Nothing listens until Triton is ready, so the probes and the gateway's
+`/readyz` fail while an engine is built. SIGUSR1 has it load the models of MODELS again, without a
 restart.
 """
 
@@ -15,10 +16,12 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from export.engine.build import PLUGIN
 from export.engine.gpu import EngineError, find_gpu
+from flownet2.errors import Error
 from launch import gateway
 from launch.check import HealthCheck
 from launch.child import Child
@@ -30,25 +33,26 @@ from launch.triton import (
     Address,
     admin_key,
     check_repository,
+    failed_models,
     load,
     options,
     reload_when,
     run,
 )
 
-# Files of `<model>/configs/`; for the CPU there is none, and Triton takes `config.pbtxt`.
-CPU, ONNX, TENSORRT = "cpu", "onnx", "tensorrt"
+# The first is a file of `<model>/configs/`; the others are `config.pbtxt`, with and without a GPU.
+TENSORRT, PYTHON, CPU = "tensorrt", "python", "cpu"
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until SIGTERM or SIGINT; 1 when Triton cannot start or is given up."""
+    """Serve until SIGTERM or SIGINT; return 1 if Triton cannot start or is given up."""
     with_gateway = arguments[:1] == ["--gateway"]
     arguments = arguments[with_gateway:]
     if len(arguments) < 2:
         print("usage: python -m launch.container [--gateway] REPOSITORY MODELS…", file=sys.stderr)
         return 2
     stop, changed = threading.Event(), threading.Event()
-    # The first process of a container ignores signals that it does not handle.
+    # The first process of a container ignores the signals that it does not handle.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGUSR1, lambda *_: changed.set())
@@ -62,15 +66,19 @@ def main(arguments: list[str]) -> int:
             _say(f"serving {', '.join(models)} with the {configuration} configuration")
             if serve(repository, sources, address, configuration, port, stop, changed):
                 return 0
-    except LaunchError as error:
+    except (Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def configurations(repository: Path, models: list[str], stop: threading.Event) -> list[str]:
-    """The configurations that may work on this machine, the fastest first and the CPU's
-    last; none where `stop` ended the build of an engine."""
+    """Return the configurations that may work on this machine, fastest first.
+
+    The list is empty if `stop` ended the build of an engine.
+    """
+    if os.environ.get("DEVICE", "").lower() == "cpu":
+        return [CPU]
     try:
         gpu = find_gpu()
     except EngineError as error:
@@ -81,22 +89,24 @@ def configurations(repository: Path, models: list[str], stop: threading.Event) -
         ctypes.CDLL(PLUGIN)
     except OSError as error:  # Triton would log it, and then fail on the engine
         _say(f"warning: TensorRT is not used: {PLUGIN} does not load: {error}")
-        return [ONNX, CPU]
+        return [PYTHON]
     for name in models:
         if not build_engine(repository, name, stop):
             if stop.is_set():
                 return []
-            _say(f"warning: TensorRT is not used: no engine for {name}, the reason stands above")
-            return [ONNX, CPU]
-    return [TENSORRT, ONNX, CPU]
+            _say(f"warning: TensorRT is not used: no engine for {name}, for the reason above")
+            return [PYTHON]
+    return [TENSORRT, PYTHON]
 
 
 def build_engine(repository: Path, name: str, stop: threading.Event) -> bool:
-    """Build a model's engine for this GPU, unless a fitting one is there; False if it failed, or if
-    `stop` ended it.
+    """Build a model's engine for this GPU unless there is one, and check its flow.
 
-    In a process of its own: TensorRT's memory is free again before Triton starts, and a crash of
-    the builder costs the engine alone.
+    This runs in a process of its own, which frees TensorRT's memory before Triton starts, and whose
+    crash costs only the engine.
+
+    Returns:
+        False if the engine was not built, returned a wrong flow, or `stop` ended the build.
     """
     _say(f"TensorRT engine of {name}")
     command = [sys.executable, "-m", "export", "tensorrt"]
@@ -117,45 +127,58 @@ def serve(
     stop: threading.Event,
     changed: threading.Event,
 ) -> bool:
-    """Keep tritonserver running until `stop`; False if it does not start and another may.
+    """Keep tritonserver running until `stop`; return False if it does not start with TensorRT.
 
     Args:
-        repository: what Triton reads.
-        sources: where its models come from.
+        repository: folder of models that Triton reads.
+        sources: folders that the models come from.
         address: where it listens.
-        configuration: CPU, ONNX or TENSORRT.
-        port: of the gateway, if there is to be one; it starts when Triton is ready.
-        stop: set from elsewhere, ends it.
-        changed: set from elsewhere, says that the sources hold other models.
+        configuration: TENSORRT, PYTHON or CPU.
+        port: port of the gateway, which starts when Triton is ready; None for no gateway.
+        stop: ends it when set.
+        changed: when set, the models are loaded again.
 
     Raises:
-        LaunchError: Triton does not start on the CPU, or one of the two is given up.
+        LaunchError: Triton does not start, or one of the two is given up.
     """
     key = admin_key()
-    command = ["tritonserver", *options(repository, address, configuration, key)]
     environment = dict(os.environ)
+    if configuration == CPU:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Triton itself must not use an unfit GPU
+    name = TENSORRT if configuration == TENSORRT else None
+    program = "tritonserver"
+    command = [program, *options(program, environment, repository, address, key, config_name=name)]
     if configuration == TENSORRT:
         command.append(f"--backend-config=tensorrt,plugins={PLUGIN}")
-    if configuration == CPU:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # Triton, too, shall leave an unfit GPU alone
 
     def reload() -> None:
         models = assemble(repository, sources)
         check_repository(repository)
-        for name in models if configuration == TENSORRT else []:
-            if not build_engine(repository, name, stop):
-                raise LaunchError(f"no engine for {name}, it stays as it was")
-        load(models, address, key)
+        failed = [
+            name
+            for name in (models if configuration == TENSORRT else [])
+            if not build_engine(repository, name, stop)
+        ]
+        load([name for name in models if name not in failed], address, key)
+        if failed:
+            raise LaunchError(f"no engine for {', '.join(failed)}: served as before")
         _say(f"loaded {', '.join(models)} again")
 
+    @contextlib.contextmanager
+    def start(stop: threading.Event) -> Iterator[Child]:
+        with run(command, environment, address, _print, stop) as child:
+            if not stop.is_set():
+                for model, why in failed_models(address, key).items():
+                    _say(f"warning: the model {model} is not served: {why}")
+            yield child
+
     health = HealthCheck(address.host, address.http_port)
-    start = functools.partial(run, command, environment, address, _print)
     ready = False
     try:
-        with Supervisor(start, health.fault, _say) as server, contextlib.ExitStack() as stack:
-            servers = [server]
+        with Supervisor(start, health.fault, _say) as triton, contextlib.ExitStack() as stack:
+            servers = [triton]
             while not stop.wait(0.2):
-                if all([one.ready() for one in servers]) and not ready:
+                if all([server.ready() for server in servers]) and not ready:
                     ready = True
                     _say(f"ready with the {configuration} configuration")
                     if port is not None:
@@ -163,9 +186,9 @@ def serve(
                 if ready:
                     reload_when(changed, reload, _say)
     except LaunchError as error:
-        if ready or configuration == CPU:
+        if ready or configuration != TENSORRT:
             raise
-        _say(f"warning: the {configuration} configuration is not used: {error}")
+        _say(f"warning: TensorRT is not used: {error}")
         return False
     return True
 

@@ -1,5 +1,7 @@
-"""What keeps the service from running."""
+"""The error that keeps the service from running."""
+
+from flownet2.errors import Error
 
 
-class LaunchError(Exception):
-    """The service cannot start or go on; the message is one line and says what to change."""
+class LaunchError(Error):
+    """Raised when the service cannot start or go on; the message says what to change."""

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from launch.check import answers_ok, reachable
+from flownet2.contract import MODEL_NAME
+from launch.check import answers_ok
 from launch.child import Child, Echo
-from launch.triton import Address, is_ready
+from launch.ports import bracketed, reachable
+from launch.triton import Address, serves
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0  # it gives requests in flight 25 seconds
@@ -25,19 +27,19 @@ def serve(
     stop: threading.Event | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Child]:
-    """Run a gateway on Triton's host, ready when the block begins, gone after it.
+    """Run a gateway on Triton's host, ready when the block begins, stopped after it.
 
-    Where its Triton is not ready either, it is enough that the gateway answers.
+    While Triton does not serve the default model, a gateway that is alive counts as ready.
 
     Args:
-        triton: where its Triton listens.
-        port: where it listens itself.
+        triton: address of its Triton.
+        port: port that it listens on.
         echo: receives its log lines.
-        stop: set from elsewhere, ends the wait for readiness early.
-        settings: environment variables of the gateway besides those of this process.
+        stop: when set, ends the wait for readiness early.
+        settings: environment variables of the gateway, besides those of this process.
 
     Raises:
-        LaunchError: it ended, or was not ready in time.
+        LaunchError: it exited, or was not ready in time.
     """
     search = (str(PROJECT), os.environ.get("PYTHONPATH", ""))
     environment = {
@@ -46,15 +48,16 @@ def serve(
         "PYTHONUNBUFFERED": "1",
         "HOST": triton.host,
         "PORT": str(port),
-        "TRITON_ENDPOINTS": f"{reachable(triton.host)}:{triton.grpc_port}",
+        "TRITON_ENDPOINTS": f"{bracketed(reachable(triton.host))}:{triton.grpc_port}",
         **(settings or {}),
     }
+    default = environment.get("GATEWAY_DEFAULT_MODEL") or MODEL_NAME
     child = Child("gateway", [sys.executable, "-m", "gateway"], environment, echo)
     try:
         child.wait_until(
             lambda: (
                 answers_ok(triton.host, port, "/readyz")
-                or (not is_ready(triton) and answers_ok(triton.host, port, "/livez"))
+                or (not serves(triton, default) and answers_ok(triton.host, port, "/livez"))
             ),
             START_SECONDS,
             stop or threading.Event(),
@@ -65,10 +68,10 @@ def serve(
 
 
 def fault(host: str, port: int) -> None:
-    """Make sure that a gateway answers.
+    """Check that a gateway is alive.
 
     Raises:
-        OSError: it does not.
+        OSError: it does not answer.
     """
     if not answers_ok(host, port, "/livez"):
-        raise TimeoutError
+        raise TimeoutError("/livez")

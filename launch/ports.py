@@ -1,37 +1,42 @@
-"""Addresses that the children listen on: checked before anything starts."""
+"""Addresses and ports that the servers listen on, checked before anything starts."""
 
 import contextlib
 import errno
 import os
 import socket
+import sys
 from collections.abc import Mapping
 
 from launch.errors import LaunchError
 
+LOCALHOST = "127.0.0.1"
 
-def host_from_environment(variable: str, default: str) -> str:
-    """The address that an environment variable names, as four numbers.
 
-    A name is looked up here, once: Triton's HTTP server takes numbers alone.
+def host_from_environment() -> str:
+    """Return the numeric IPv4 or IPv6 address that HOST names, or 127.0.0.1.
 
-    Raises:
-        LaunchError: it has no IPv4 address.
+    Names are resolved here because Triton's HTTP server takes only numbers. A value that does not
+    resolve is ignored with a warning: conda's compilers set HOST to the machine's triple.
     """
-    text = os.environ.get(variable) or default
+    text = os.environ.get("HOST") or LOCALHOST
     try:
-        return str(socket.getaddrinfo(text, None, socket.AF_INET)[0][4][0])
-    except (socket.gaierror, UnicodeError) as error:
-        raise LaunchError(
-            f"{variable}={text} is not an IPv4 address, nor the name of one: "
-            "set it to 127.0.0.1, or to 0.0.0.0 to be reached from other machines"
-        ) from error
+        found = socket.getaddrinfo(text.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        print(
+            f"warning: HOST={text} is neither an address nor a known host name: it is ignored, and "
+            f"the service listens on {LOCALHOST}",
+            file=sys.stderr,
+        )
+        return LOCALHOST
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
 
 
 def port_from_environment(variable: str, default: int) -> int:
-    """The port that an environment variable names.
+    """Return the port that an environment variable names.
 
     Raises:
-        LaunchError: it holds something else.
+        LaunchError: its value is not a port.
     """
     text = os.environ.get(variable) or str(default)
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
@@ -39,27 +44,39 @@ def port_from_environment(variable: str, default: int) -> int:
     return int(text)
 
 
+def bracketed(host: str) -> str:
+    """Return the host as it stands in front of a port: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def reachable(host: str) -> str:
+    """Return an address that reaches a server bound to `host`; wildcards are no destination."""
+    return {"0.0.0.0": LOCALHOST, "::": "::1"}.get(host, host)  # noqa: S104
+
+
 def check_free(host: str, ports: Mapping[str, int]) -> None:
-    """Make sure that every port can be listened on.
+    """Make sure that every port can be bound.
 
     Args:
-        host: IPv4 address that the service binds.
-        ports: the environment variable that sets a port -> the port.
+        host: numeric address that the service binds.
+        ports: port of each environment variable that sets one.
 
     Raises:
-        LaunchError: a port is taken, needs privileges, or stands there twice; or `host` is no
-            address of this machine.
+        LaunchError: a port is in use, needs privileges or occurs twice, or `host` is not an address
+            of this machine.
     """
-    owners: dict[int, str] = {}
+    variables: dict[int, str] = {}
     for variable, port in ports.items():
-        if port in owners:
+        if port in variables:
             raise LaunchError(
-                f"{owners[port]} and {variable} are both {port}: give each a port of its own"
+                f"{variables[port]} and {variable} are both {port}: give each a port of its own"
             )
-        owners[port] = variable
+        variables[port] = variable
         try:
-            # As the servers do: a port in TIME_WAIT is free, one that is listened on is not.
-            socket.create_server((host, port)).close()
+            # As the servers do: a port in TIME_WAIT is free, one with a listener is not.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            both = host == "::" and socket.has_dualstack_ipv6()
+            socket.create_server((host, port), family=family, dualstack_ipv6=both).close()
         except PermissionError as error:
             raise LaunchError(
                 f"port {port} ({variable}) needs root: set {variable} to a port from 1024 up"
@@ -67,17 +84,16 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise LaunchError(
-                    f"port {port} on {host} is taken: stop the program that listens there, "
+                    f"port {port} on {host} is in use: stop the program that listens there, "
                     f"or set {variable} to a free port"
                 ) from error
             raise LaunchError(
-                f"HOST={host} cannot be listened on: {os.strerror(error.errno or 0)}"
+                f"HOST={host} is not an address of this machine: {os.strerror(error.errno or 0)}"
             ) from error
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on at this moment."""
+    """Return ports of 127.0.0.1 on which nothing listens now."""
     with contextlib.ExitStack() as stack:
-        address = ("127.0.0.1", 0)
-        sockets = [stack.enter_context(socket.create_server(address)) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
+        sockets = [stack.enter_context(socket.create_server((LOCALHOST, 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in sockets]

@@ -1,4 +1,4 @@
-"""The model repository that Triton reads: links to models, and their descriptions put in."""
+"""The model repository that Triton reads: links to models, with their descriptions added."""
 
 import shutil
 from collections.abc import Iterable
@@ -6,16 +6,13 @@ from pathlib import Path
 
 
 def assemble(repository: Path, sources: Iterable[Path]) -> list[str]:
-    """Make `repository` hold the models of `sources`, by links; of two of one name the last.
+    """Fill `repository` with links to the models of `sources`, and return the models' names.
 
-    Each configuration gets the parameters of the model's `1/description.pbtxt`, if there is one:
-    the network and where its weights are from, for those who ask Triton for the model.
+    Of two models of one name the last is taken. Each configuration gets the parameters of the
+    model's `1/description.pbtxt`, if there is one: network, source of the weights, ….
 
-    The sources stay as they are, and may be read-only. What else is in a model's folder, such as
-    its engines, stays; folders of models that no source has any more are removed.
-
-    Returns:
-        The models' names.
+    The sources are not changed, and may be read-only. Other files in a model's folder, such as its
+    engines, are kept; folders of models that are in no source any more are removed.
     """
     models = {
         config.parent.name: config.parent
@@ -31,7 +28,7 @@ def assemble(repository: Path, sources: Iterable[Path]) -> list[str]:
     for name, model in models.items():
         served = repository / name
         for link in served.rglob("*"):
-            # Of an earlier start, maybe to another source; the engines' builder may link its own.
+            # A link of an earlier start, maybe to another source; the link to an engine is kept.
             if link.is_symlink() and not link.resolve().is_relative_to(repository.resolve()):
                 link.unlink()
         description = model / "1" / "description.pbtxt"

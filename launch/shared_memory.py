@@ -1,6 +1,6 @@
-"""Names for shared memory regions that do not outlive their owner for long.
+"""Names for the shared memory regions of Triton's Python backend, and their removal.
 
-Triton's Python backend keeps tensors in `/dev/shm`, and a crash leaves them there.
+The backend keeps tensors in `/dev/shm`, and leaves them there if it crashes.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def region_names() -> Iterator[tuple[str, int]]:
-    """A prefix for the names of regions, which are removed when the block ends.
+    """Reserve a prefix for the names of regions, and remove the regions when the block ends.
 
-    Those of earlier blocks whose processes were killed are removed when it begins. A lock says
-    whether an owner still lives, also one in another container that shares the folder.
+    Regions of killed processes are removed when it begins. A locked file shows that their owner is
+    alive, even one in another container that shares the folder.
 
     Yields:
-        The prefix, and a file descriptor for the owner's processes to inherit: it holds the lock.
+        The prefix, and the locked file's descriptor, for the owner's processes to inherit.
     """
     for lock in FOLDER.glob(f"{PREFIX}*{LOCK}"):
-        with contextlib.suppress(OSError), lock.open("rb") as file:  # another user's, or in use
+        with contextlib.suppress(OSError), lock.open("rb") as file:  # another user's, or locked
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(lock)
     new = FOLDER / f"{PREFIX}{secrets.token_hex(8)}"
     with new.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        lock = new.rename(new.with_suffix(LOCK))  # named when it is locked, or it could be taken
+        lock = new.rename(new.with_suffix(LOCK))  # renamed after locking: nobody removes it before
         try:
             yield f"{lock.stem}-", file.fileno()
         finally:

@@ -1,21 +1,12 @@
-"""NVIDIA's tritonserver out of the `nvidia-pytriton` wheel, as a child process.
-
-The wheel is used for its binaries alone (server, Python backend, one Python stub for each Python
-version); the product is a plain model repository, served the same way as by NVIDIA's container.
-"""
+"""Any tritonserver as a child process: arguments, readiness, loading models."""
 
 import contextlib
 import http.client
-import importlib.util
 import json
 import os
 import re
 import secrets
-import shlex
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -24,24 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flownet2.contract import MODEL_NAME
-from launch.check import answers_ok, open_directly, url
+from launch.check import answers_ok, open_directly, reason, url
 from launch.child import Child, Echo
 from launch.errors import LaunchError
-from launch.ports import check_free, free_ports, host_from_environment, port_from_environment
-from launch.repository import assemble
+from launch.ports import bracketed, free_ports, host_from_environment, port_from_environment
 from launch.shared_memory import region_names
 
 START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 
-# These are for those who have the key.
+# Triton answers these only to requests that carry the operator's key.
 RESTRICTED = "shared-memory,model-repository,trace,logging"
 KEY_HEADER = "admin-key"
+
+# Options that Triton 2.73 has and 2.51 does not: clients' shared memory, which the operator may
+# register, and HTTP bodies above 64 MB.
+NEWER_OPTIONS = {"allow-client-shm": "true", "http-max-input-size": str(2**30)}
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a Triton listens."""
+    """Host and ports on which a Triton listens."""
 
     host: str
     http_port: int
@@ -50,13 +44,13 @@ class Address:
 
     @classmethod
     def from_environment(cls) -> "Address":
-        """The address that HOST and TRITON_HTTP_PORT, _GRPC_PORT and _METRICS_PORT give.
+        """Return the address that HOST and TRITON_HTTP_PORT, _GRPC_PORT and _METRICS_PORT give.
 
         Raises:
-            LaunchError: HOST is no IPv4 address, or one of the three not a port.
+            LaunchError: a value is not a port.
         """
         return cls(
-            host=host_from_environment("HOST", "127.0.0.1"),
+            host=host_from_environment(),
             http_port=port_from_environment("TRITON_HTTP_PORT", 8000),
             grpc_port=port_from_environment("TRITON_GRPC_PORT", 8001),
             metrics_port=port_from_environment("TRITON_METRICS_PORT", 8002),
@@ -65,23 +59,35 @@ class Address:
     @property
     def http(self) -> str:
         """host:port for HTTP."""
-        return f"{self.host}:{self.http_port}"
+        return f"{bracketed(self.host)}:{self.http_port}"
 
     @property
     def grpc(self) -> str:
         """host:port for gRPC."""
-        return f"{self.host}:{self.grpc_port}"
+        return f"{bracketed(self.host)}:{self.grpc_port}"
 
     @property
     def metrics(self) -> str:
         """URL of the Prometheus metrics."""
-        return f"http://{self.host}:{self.metrics_port}/metrics"
+        return f"{url(self.host, self.metrics_port)}/metrics"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Port of each environment variable that sets one."""
+        return {
+            "TRITON_HTTP_PORT": self.http_port,
+            "TRITON_GRPC_PORT": self.grpc_port,
+            "TRITON_METRICS_PORT": self.metrics_port,
+        }
 
 
 @dataclass(frozen=True)
 class Triton:
-    """A tritonserver that is ready; `reload` has it take in its repository as it is now, or raises
-    a LaunchError, and what it served serves on."""
+    """A tritonserver that is ready.
+
+    `reload` has it load its repository again, and raises a LaunchError that names the models for
+    which that failed; these are served as before.
+    """
 
     address: Address
     child: Child
@@ -89,68 +95,8 @@ class Triton:
 
 
 def local_address() -> Address:
-    """An address on this machine with ports that are free now."""
+    """Return an address on this machine with ports that are free now."""
     return Address("127.0.0.1", *free_ports(3))
-
-
-@contextlib.contextmanager
-def serve(
-    repository: Path,
-    *,
-    address: Address | None = None,
-    config_name: str | None = None,
-    echo: Echo = lambda line: None,
-    stop: threading.Event | None = None,
-) -> Iterator[Triton]:
-    """Run a tritonserver over a model repository, ready when the block begins, gone after it.
-
-    Args:
-        repository: folder of model folders.
-        address: where it listens; free ports of 127.0.0.1 when None.
-        config_name: Triton's `--model-config-name` (a file of `<model>/configs/`).
-        echo: receives the server's log lines.
-        stop: set from elsewhere, ends the wait for readiness early.
-
-    Raises:
-        LaunchError: the server cannot start.
-    """
-    address = address or local_address()
-    check_repository(repository)
-    check_free(
-        address.host,
-        {
-            "TRITON_HTTP_PORT": address.http_port,
-            "TRITON_GRPC_PORT": address.grpc_port,
-            "TRITON_METRICS_PORT": address.metrics_port,
-        },
-    )
-    wheel = find_wheel()
-    environment = wheel_environment(wheel)
-    stub = find_stub(wheel, environment)
-    with tempfile.TemporaryDirectory(prefix="flownet2-triton-") as folder:
-        # The Python backend hands paths of models and of itself to a shell, unquoted.
-        if shlex.quote(folder) != folder:
-            raise LaunchError(
-                f"TMPDIR={tempfile.gettempdir()} has a space or another letter that a "
-                "shell may misread: set it to a folder without one, such as /tmp"
-            )
-        models = Path(folder) / "models"
-        assemble(models, [repository.resolve()])
-        key = admin_key()
-
-        def reload() -> None:
-            check_repository(repository)
-            load(assemble(models, [repository.resolve()]), address, key)
-
-        backends = link_backends(wheel, stub, Path(folder))
-        command = [
-            str(wheel / "bin" / "tritonserver"),
-            *options(models, address, config_name, key),
-            f"--backend-directory={backends}",
-            "--allow-gpu-metrics=false",
-        ]
-        with run(command, environment, address, echo, stop or threading.Event()) as child:
-            yield Triton(address, child, reload)
 
 
 @contextlib.contextmanager
@@ -161,10 +107,10 @@ def run(
     echo: Echo,
     stop: threading.Event,
 ) -> Iterator[Child]:
-    """Run a tritonserver with these arguments, ready when the block begins, gone after it.
+    """Run a tritonserver with these arguments, ready when the block begins, stopped after it.
 
     Raises:
-        LaunchError: it ended, or was not ready in time.
+        LaunchError: it exited, was not ready in time, or could load no model.
     """
     with region_names() as (prefix, lock):
         regions = f"--backend-config=python,shm-region-prefix-name={prefix}"
@@ -177,147 +123,109 @@ def run(
 
 
 def is_ready(address: Address) -> bool:
-    """True when the server answers and every model of its repository is loaded."""
+    """Return True if the server answers and has tried to load every model."""
     return answers_ok(address.host, address.http_port, "/v2/health/ready")
 
 
-def check_repository(repository: Path) -> None:
-    """Check that there is a model and that exports have written what each one runs.
+def serves(address: Address, model: str) -> bool:
+    """Return True if the model is loaded."""
+    return answers_ok(address.host, address.http_port, f"/v2/models/{model}/ready")
+
+
+def failed_models(address: Address, key: str) -> dict[str, str]:
+    """Return the models that Triton could not load, each with the reason.
 
     Raises:
-        LaunchError: there is no model, or one has no network.
+        LaunchError: no model at all is loaded, or Triton does not answer.
+    """
+    states = json.loads(_post(address, "index", key) or b"[]")
+    failed = {
+        state["name"]: " ".join(str(state.get("reason", "")).split())
+        for state in states
+        if state.get("state") != "READY" and state.get("reason") != "unloaded"
+    }
+    if len(failed) == len(states):
+        raise LaunchError(f"Triton could load no model: {_listed(failed)}")
+    return failed
+
+
+def check_repository(repository: Path) -> None:
+    """Make sure that there is a model that can be loaded.
+
+    Raises:
+        LaunchError: there is none; the message names the missing file and what writes it.
     """
     models = sorted(path.parent for path in repository.glob("*/config.pbtxt"))
-    incomplete = [
-        model
-        for model in models
-        if not any(model.glob("*/model.onnx" if model.name == MODEL_NAME else "*/model.*"))
-    ]
-    if not models or incomplete:
-        missing = (incomplete[0] if incomplete else repository / MODEL_NAME) / "1" / "model.onnx"
+    if not any(map(_has_network, models)):
+        missing = (models[0] if models else repository / MODEL_NAME) / "1" / "model.onnx"
         raise LaunchError(
             f"{missing} is missing: `make model` writes it from the weights that ship, "
             f"`python -m export --network … --weights FILE --repository {repository}` from yours"
         )
 
 
-def wheel_libraries() -> Path:
-    """Folder of the shared libraries that the wheel brings for tritonserver."""
-    return find_wheel().parent.parent / "nvidia_pytriton.libs"
-
-
-def find_wheel() -> Path:
-    """Folder of the wheel that holds the server, its backends and stubs."""
-    package = importlib.util.find_spec("pytriton")
-    folder = Path(package.origin).parent / "tritonserver" if package and package.origin else None
-    if folder is None or not (folder / "bin" / "tritonserver").is_file():
-        raise LaunchError(
-            "tritonserver is not installed in this Python environment: "
-            "`pip install --no-deps nvidia-pytriton==0.7.0` (x86-64 and arm64 Linux only)"
-        )
-    return folder
-
-
-def wheel_environment(wheel: Path) -> dict[str, str]:
-    """The server's environment: this environment's packages for the models of the Python backend
-    (its stub runs isolated and ignores PYTHONPATH, so the model reads it itself), and the
-    libraries of the wheel and of the running Python before those of the system."""
-    packages = wheel.parent.parent
-    libraries = [
-        str(wheel_libraries()),
-        str(sysconfig.get_config_var("LIBDIR") or ""),
-        os.environ.get("LD_LIBRARY_PATH", ""),
-    ]
-    return {
-        **os.environ,
-        "PYTHONPATH": str(packages),
-        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
-    }
-
-
-def find_stub(wheel: Path, environment: dict[str, str]) -> Path:
-    """The wheel's program that runs Python models, proven to start on this machine."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stubs = wheel / "python_backend_stubs"
-    stub = stubs / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        known = ", ".join(
-            sorted((one.name for one in stubs.iterdir()), key=lambda name: int(name.split(".")[1]))
-        )
-        raise LaunchError(
-            f"tritonserver's Python backend has no stub for Python {version}: "
-            f"make the environment with one of Python {known}"
-        )
-    # Without arguments it prints its usage and ends, if the loader finds all of its libraries.
-    trial = subprocess.run(  # noqa: S603
-        [stub], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    missing = re.search(r"loading shared libraries: (\S+): cannot open", trial.stderr)
-    if missing:
-        library = missing[1]
-        python = re.match(r"libpython(3\.\d+)\.so", library)
-        remedy = (
-            f"install the Debian package libpython{python[1]} "
-            f"(`sudo apt-get install libpython{python[1]}`)"
-            if python
-            else f"install the package that holds it (`apt-file search {library}` names it)"
-        )
-        raise LaunchError(
-            f"tritonserver's Python backend needs the shared library {library}: {remedy}"
-        )
-    return stub
-
-
-def link_backends(wheel: Path, stub: Path, folder: Path) -> Path:
-    """A backend directory as Triton wants it: the stub beside the Python backend.
-
-    Links in a folder of our own, since the wheel keeps the two apart and is not ours to change.
-    """
-    python = folder / "backends" / "python"
-    python.mkdir(parents=True)
-    for file in (*(wheel / "backends" / "python").glob("*triton_python*"), stub):
-        (python / file.name).symlink_to(file)
-    return python.parent
+def _has_network(model: Path) -> bool:
+    """Return False for a folder without a model, such as our `model.py` without `model.onnx`."""
+    files = {file.name: file for file in model.glob("*/model.*")}
+    code = files.pop("model.py", None)
+    return bool(files) or (code is not None and b"model.onnx" not in code.read_bytes())
 
 
 def reload_when(changed: threading.Event, reload: Callable[[], None], say: Echo) -> None:
-    """Load the models again if `changed` is set; where that fails, say why and go on."""
+    """Call `reload` if `changed` is set; if it fails, say why and go on."""
     if not changed.is_set():
         return
     changed.clear()
     try:
         reload()
-    except LaunchError as error:
+    except (LaunchError, OSError) as error:
         say(f"warning: {error}")
 
 
 def load(models: Iterable[str], address: Address, key: str) -> None:
-    """Have Triton load models again; each serves as it was until the new one is ready.
+    """Have Triton load models again; it serves the old version of each until the new one is ready.
 
     Raises:
-        LaunchError: one cannot be loaded, and serves on as it was.
+        LaunchError: some could not be loaded; the others are.
     """
+    failed: dict[str, str] = {}
     for model in models:
-        request = urllib.request.Request(  # noqa: S310
-            f"{url(address.host, address.http_port)}/v2/repository/models/{model}/load",
-            b"{}",
-            {KEY_HEADER: key},
-        )
         try:
-            open_directly(request, timeout=START_SECONDS).close()
-        except urllib.error.HTTPError as error:
-            with error:
-                reason = json.load(error)["error"]
-            raise LaunchError(f"Triton cannot load {model} again: {reason}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise LaunchError(f"Triton did not load {model} again: {error}") from error
+            _post(address, f"models/{model}/load", key)
+        except LaunchError as error:
+            failed[model] = str(error)
+    if failed:
+        raise LaunchError(f"not loaded again: {_listed(failed)}")
+
+
+def _post(address: Address, path: str, key: str) -> bytes:
+    """Send a request to Triton's model repository API and return the response's body.
+
+    Raises:
+        LaunchError: Triton refuses, or does not answer.
+    """
+    target = f"{url(address.host, address.http_port)}/v2/repository/{path}"
+    request = urllib.request.Request(target, b"{}", {KEY_HEADER: key})  # noqa: S310
+    try:
+        with open_directly(request, timeout=START_SECONDS) as response:
+            body: bytes = response.read()
+            return body
+    except urllib.error.HTTPError as error:
+        with error:
+            raise LaunchError(reason(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise LaunchError(f"Triton does not answer: {error}") from error
+
+
+def _listed(failed: Mapping[str, str]) -> str:
+    return "; ".join(f"{model}: {why}" for model, why in failed.items()) or "there is none"
 
 
 def admin_key() -> str:
-    """The operator's key in the file TRITON_ADMIN_KEY_FILE; without one, a key for this once.
+    """Return the operator's key: the content of TRITON_ADMIN_KEY_FILE, or a random one.
 
     Raises:
-        LaunchError: the file cannot be read, or holds no key.
+        LaunchError: the file cannot be read, or does not hold a key.
     """
     file = os.environ.get("TRITON_ADMIN_KEY_FILE")
     if not file:
@@ -328,39 +236,80 @@ def admin_key() -> str:
         raise LaunchError(f"TRITON_ADMIN_KEY_FILE={file} cannot be read: {error}") from error
     if not re.fullmatch(r"[\w.~-]{16,}", key):
         raise LaunchError(
-            f"TRITON_ADMIN_KEY_FILE={file} holds no key: one line of at least 16 letters, digits "
-            "or -_.~ (`openssl rand -hex 24` prints one)"
+            f"TRITON_ADMIN_KEY_FILE={file} holds no key: write one line of at least 16 letters, "
+            "digits or -_.~ into it (`openssl rand -hex 24` prints one)"
         )
     return key
 
 
-def options(repository: Path, address: Address, config_name: str | None, key: str) -> list[str]:
-    """Arguments of tritonserver, wherever it comes from: what it serves, where, and to whom."""
+def options(
+    program: Path | str,
+    environment: Mapping[str, str],
+    repository: Path,
+    address: Address,
+    key: str,
+    *,
+    config_name: str | None = None,
+) -> list[str]:
+    """Return the arguments of any tritonserver: models, addresses, restrictions.
+
+    Args:
+        program: the tritonserver, which tells whether it knows newer options.
+        environment: of the tritonserver.
+        repository: folder of model folders.
+        address: where it listens.
+        key: the operator's key.
+        config_name: Triton's `--model-config-name` (a file of `<model>/configs/`). A model that
+            cannot be loaded with it ends Triton, so that another configuration can be tried.
+            Without a name, Triton serves the models that it can load.
+    """
+    # Triton's HTTP library takes IPv6 addresses after "ipv6:", gRPC takes them in brackets.
+    http_host = f"ipv6:{address.host}" if ":" in address.host else address.host
+    partial = ["--exit-on-error=false", "--strict-readiness=false"]
     return [
         f"--model-repository={repository.absolute()}",
-        *([f"--model-config-name={config_name}"] if config_name else []),
+        *([f"--model-config-name={config_name}"] if config_name else partial),
         "--model-control-mode=explicit",
         "--load-model=*",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={STOP_SECONDS / 2:.0f}",
         "--log-format=ISO8601",
-        f"--http-address={address.host}",
+        f"--http-address={http_host}",
         f"--http-port={address.http_port}",
-        f"--grpc-address={address.host}",
+        f"--grpc-address={bracketed(address.host)}",
         f"--grpc-port={address.grpc_port}",
-        f"--metrics-address={address.host}",
+        f"--metrics-address={http_host}",
         f"--metrics-port={address.metrics_port}",
         f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key}",
         f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",
         *_tracing(),
-        # Keepalive pings of clients and gateways come more often than gRPC's five minutes.
+        # Clients and gateways send keepalive pings more often than gRPC's default of five minutes.
         "--grpc-http2-min-recv-ping-interval-without-data=5000",
         "--grpc-http2-max-ping-strikes=0",
+        *_newer_options(program, environment),
     ]
 
 
+def _newer_options(program: Path | str, environment: Mapping[str, str]) -> list[str]:
+    """Return those of NEWER_OPTIONS that this tritonserver lists in its help."""
+    try:
+        done = subprocess.run(  # noqa: S603
+            [program, "--help"],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{program} does not run: {error}") from error
+    known = done.stdout + done.stderr
+    return [f"--{name}={value}" for name, value in NEWER_OPTIONS.items() if f"--{name}" in known]
+
+
 def _tracing() -> list[str]:
-    """Spans of Triton for the collector that the gateway's go to, if there is one."""
+    """Return the options that send Triton's spans to the gateway's collector, if there is one."""
     collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     if not collector:
         return []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import bypass_proxies
-from launch import triton
+from launch import triton, wheel
 from tests.support.exported import EXPORTS, Exported, export
 from tests.support.gateway_stack import Gateway, run_gateway, wait_until, write_repository
 from tests.support.stack import Stack, run_stack
@@ -23,7 +23,7 @@ def closed_form_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def closed_form_triton(closed_form_repository: Path) -> Iterator[triton.Triton]:
     """A real Triton over that repository."""
-    with triton.serve(closed_form_repository) as server:
+    with wheel.serve(closed_form_repository) as server:
         yield server
 
 

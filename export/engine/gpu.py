@@ -1,47 +1,57 @@
-"""The GPU, as the CUDA driver describes it; no CUDA library is needed to ask."""
+"""The GPU that can serve on this machine, found through the CUDA driver alone."""
 
 import ctypes
 import os
 from dataclasses import dataclass
+
+from flownet2.errors import Error
 
 MINIMUM_CAPABILITY = (7, 5)  # Turing: of TensorRT 11, of CUDA 13, and of the plugins' kernels
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
-class EngineError(Exception):
-    """No engine here: one line that says why and what to change."""
+class EngineError(Error):
+    """Raised when this machine has no GPU that fits, or no engine can be built for it."""
+
+
+class NoDriver(EngineError):
+    """Raised on a machine without a CUDA driver."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that CUDA programs use unless told otherwise."""
+    """The first GPU, which CUDA programs use by default."""
 
     name: str
     capability: tuple[int, int]
 
 
-def find_gpu() -> Gpu:
-    """The GPU that can serve here.
+def find_gpu(cuda: int | None = None) -> Gpu:
+    """Return the GPU that can serve on this machine.
+
+    Args:
+        cuda: major version of CUDA that the driver must support. By default the one of the
+            container: NVIDIA's images set CUDA_VERSION.
 
     Raises:
-        EngineError: there is none, it is too old, or its driver is.
+        EngineError: there is no GPU, it is too old, or its driver is.
     """
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise EngineError(
+        raise NoDriver(
             f"no GPU: no CUDA driver ({error}); in Docker, give the container one (--gpus all)"
         ) from None
     name = ctypes.create_string_buffer(256)
-    device, driver, major, minor = (ctypes.c_int() for _ in range(4))
+    device, version, major, minor = (ctypes.c_int() for _ in range(4))
     status = (
-        cuda.cuDriverGetVersion(ctypes.byref(driver))
-        or cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(device), 0)
-        or cuda.cuDeviceGetName(name, len(name), device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+        driver.cuDriverGetVersion(ctypes.byref(version))
+        or driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
     )
     if status:
         raise EngineError(f"no GPU: the CUDA driver answers with error {status}")
@@ -51,11 +61,10 @@ def find_gpu() -> Gpu:
             f"{gpu.name} has compute capability {_dotted(gpu.capability)}, "
             f"and {_dotted(MINIMUM_CAPABILITY)} is needed"
         )
-    # NVIDIA's images name the CUDA that they hold; a driver runs all of its major version.
-    needed = os.environ.get("CUDA_VERSION", "0").split(".")[0]
-    if (supported := driver.value // 1000) < int(needed):
+    needed = int(os.environ.get("CUDA_VERSION", "0").split(".")[0]) if cuda is None else cuda
+    if (supported := version.value // 1000) < needed:
         raise EngineError(
-            f"the driver of {gpu.name} is for CUDA {supported}, and CUDA {needed} is needed: "
+            f"the driver of {gpu.name} supports CUDA {supported}, and CUDA {needed} is needed: "
             "install a newer driver"
         )
     return gpu

@@ -13,7 +13,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from launch import triton
+from launch import triton, wheel
 from launch.ports import free_ports
 from tests.support.gateway_stack import encoded, picture, run_gateway, wait_until
 
@@ -42,7 +42,7 @@ def test_no_request_is_lost_when_tritons_come_and_go(
     def start(stack: contextlib.ExitStack, host: str) -> triton.Triton:
         http, metrics = free_ports(2)
         address = triton.Address(host, http, grpc, metrics)
-        return stack.enter_context(triton.serve(closed_form_repository, address=address))
+        return stack.enter_context(wheel.serve(closed_form_repository, address=address))
 
     first, second, third = (contextlib.ExitStack() for _ in range(3))
 

@@ -14,7 +14,7 @@ import pytest
 
 from export.engine.gpu import EngineError, Gpu
 from export.repository import TEMPLATE
-from launch import container, triton
+from launch import container, wheel
 from launch.check import answers_ok
 from launch.ports import free_ports
 from launch.repository import assemble
@@ -106,9 +106,9 @@ GPU = Gpu("a GPU", (8, 9))
 @pytest.mark.parametrize(
     ("plugin", "built", "expected", "said"),
     [
-        ("libm.so.6", {"a": True, "b": True}, ["tensorrt", "onnx", "cpu"], "GPU: a GPU"),
-        ("libm.so.6", {"a": True, "b": False}, ["onnx", "cpu"], "no engine for b"),
-        ("libmissing.so", {}, ["onnx", "cpu"], "libmissing.so does not load"),
+        ("libm.so.6", {"a": True, "b": True}, ["tensorrt", "python"], "GPU: a GPU"),
+        ("libm.so.6", {"a": True, "b": False}, ["python"], "no engine for b"),
+        ("libmissing.so", {}, ["python"], "libmissing.so does not load"),
     ],
     ids=["engines", "no engine", "no plugin"],
 )
@@ -184,26 +184,25 @@ class Start:
 
 def write_tritonserver(folder: Path) -> str:
     """A PATH with a tritonserver in front that finds the wheel's backends, as the image's does."""
-    wheel = triton.find_wheel()
-    environment = triton.wheel_environment(wheel)
-    backends = triton.link_backends(wheel, triton.find_stub(wheel, environment), folder)
+    program = wheel.find_wheel()
+    environment = wheel.server_environment(program, folder, None)
+    backends = wheel.link_backends(program, wheel.find_stub(program, environment), folder)
     script = folder / "tritonserver"
     script.write_text(
         "#!/bin/sh\n"
         f"export LD_LIBRARY_PATH='{environment['LD_LIBRARY_PATH']}'\n"
-        f"export PYTHONPATH='{environment['PYTHONPATH']}'\n"
-        f"exec '{wheel}/bin/tritonserver' \"$@\" '--backend-directory={backends}'\n"
+        f"export PYTHONPATH='{environment['PYTHONPATH']}' PATH='{environment['PATH']}'\n"
+        f"exec '{program}/bin/tritonserver' \"$@\" '--backend-directory={backends}'\n"
     )
     script.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
-# As if there were a GPU and an engine: the wheel's tritonserver has neither backend for a GPU, and
-# ends at both configurations.
+# As if there were a GPU and an engine: the wheel's tritonserver has no TensorRT backend, and ends.
 CANDIDATES = """
 import sys
 from launch import container
-container.configurations = lambda *_: ["tensorrt", "onnx", "cpu"]
+container.configurations = lambda *_: ["tensorrt", "python"]
 sys.exit(container.main(sys.argv[1:]))
 """
 
@@ -226,12 +225,10 @@ def test_it_serves_with_the_next_configuration_where_one_fails_and_stops(
         assert start.get("/v2/models/flownet2/ready")
         (server,) = psutil.Process(start.process.pid).children()
         assert server.name() == "tritonserver"
-        assert {"--model-config-name=cpu", "--model-control-mode=explicit"} <= set(server.cmdline())
         log = start.log.read_text()
-        assert "warning: the tensorrt configuration is not used: Triton ended" in log
-        assert "warning: the onnx configuration is not used: Triton ended" in log
-        assert "start: serving flownet2 with the cpu configuration" in log
-        wait_until(lambda: "start: ready with the cpu configuration" in start.log.read_text())
+        assert "warning: TensorRT is not used: Triton ended" in log
+        assert "start: serving flownet2 with the python configuration" in log
+        wait_until(lambda: "start: ready with the python configuration" in start.log.read_text())
         start.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: "start: loaded flownet2 again" in start.log.read_text())
         server.kill()

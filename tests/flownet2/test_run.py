@@ -21,7 +21,7 @@ from flownet2.colours import colours
 from flownet2.formats import from_kitti
 from flownet2.manifest import agree
 from flownet2.measures import occluded
-from launch import triton
+from launch import triton, wheel
 from tests.support.command import command, fail, flownet2, succeed
 from tests.support.gateway_stack import ROOT, picture, wait_until
 
@@ -384,13 +384,13 @@ def test_a_server_that_goes_away_for_a_while_is_waited_for(
     images = clip(tmp_path / "film.mkv", 200)
     out = tmp_path / "out"
     address = triton.local_address()
-    with triton.serve(closed_form_repository, address=address) as server:
+    with wheel.serve(closed_form_repository, address=address) as server:
         process = subprocess.Popen(
             command("run", tmp_path / "film.mkv", "-o", out, server=f"grpc://{address.grpc}"),
             cwd=ROOT,
         )
         wait_until(lambda: len(list(out.glob("film/*.flo"))) > 10)
         server.child.kill()
-    with triton.serve(closed_form_repository, address=address):
+    with wheel.serve(closed_form_repository, address=address):
         assert process.wait(120) == 0
     check_flows(out / "film", images)

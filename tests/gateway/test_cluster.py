@@ -22,7 +22,7 @@ from gateway.errors import (
     ModelFailed,
     QueueFull,
 )
-from launch import triton
+from launch import triton, wheel
 from tests.support.gateway_stack import (
     as_json,
     encoded,
@@ -166,7 +166,7 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
     responses: list[httpx2.Response] = []
     stop = threading.Event()
     stays, goes = triton.local_address(), triton.local_address()
-    with triton.serve(repository, address=stays), triton.serve(repository, address=goes) as victim:
+    with wheel.serve(repository, address=stays), wheel.serve(repository, address=goes) as victim:
         endpoints = f"{stays.grpc},{goes.grpc}"
         with run_gateway(endpoints, tmp_path / "log", GATEWAY_DEFAULT_TIMEOUT_S="60") as gateway:
             serving = "flownet2_endpoints_serving"
@@ -193,7 +193,7 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
                 one.join()
             assert "endpoint lost during a request" in (tmp_path / "log").read_text()
 
-            with triton.serve(repository, address=goes):  # one that comes back is used again
+            with wheel.serve(repository, address=goes):  # one that comes back is used again
                 wait_until(lambda: f"{serving} 2.0" in httpx2.get(metrics).text)
     assert {response.status_code for response in responses} == {200}
     expected = expected_flow(first, second)
@@ -216,8 +216,8 @@ def test_a_model_that_is_dead_behind_a_ready_triton(tmp_path: Path) -> None:
     write_model(tmp_path / "repository")
     body = as_json(encoded(picture(1)), encoded(picture(2)))
     with (
-        triton.serve(tmp_path / "repository") as first,
-        triton.serve(tmp_path / "repository") as second,
+        wheel.serve(tmp_path / "repository") as first,
+        wheel.serve(tmp_path / "repository") as second,
         run_gateway(f"{first.address.grpc},{second.address.grpc}", tmp_path / "log") as gateway,
     ):
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,9 @@ import httpx2
 import numpy as np
 import pytest
 
+from launch import state
 from launch.check import answers_ok
+from launch.errors import LaunchError
 from launch.ports import check_free, free_ports
 from tests.support.gateway_stack import (
     as_json,
@@ -157,7 +160,7 @@ def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
     def replace(text: str) -> None:
         code.unlink()  # was a link
         code.write_text(text)
-        launcher.process.send_signal(signal.SIGUSR1)
+        assert request_reload(launcher.port).returncode == 0
 
     launcher = Launcher(tmp_path)
     try:
@@ -167,7 +170,7 @@ def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
             try:
                 wait_until(lambda: seen["old"] > 50)
                 replace("a model that does not load")
-                wait_until(lambda: launcher.said("warning: Triton cannot load flownet2 again: "))
+                wait_until(lambda: launcher.said("warning: not loaded again: flownet2: "))
                 before = seen["old"]
                 wait_until(lambda: seen["old"] > before + 50)
                 replace(right.replace("/ 8", "/ 4"))
@@ -182,10 +185,99 @@ def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
         launcher.stop(signal.SIGTERM)
 
 
+def request_reload(port: int) -> subprocess.CompletedProcess[str]:
+    """Run what `make reload` runs."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.state"],
+        cwd=PROJECT,
+        env={**os.environ, "PORT": str(port)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_reload_signals_no_process_but_the_service(launcher: Launcher) -> None:
+    """Not even one with the process id in a file that a killed service has left."""
+    (port,) = free_ports(1)
+    file = state.folder() / f"serve-{port}.pid"
+    with subprocess.Popen(["/bin/sleep", "60"]) as other:
+        try:
+            for content in (str(other.pid), "", "1 2"):
+                file.write_text(content)
+                asked = request_reload(port)
+                assert asked.returncode == 1
+                assert asked.stderr.startswith(
+                    f"error: no service of this checkout runs on port {port}"
+                )
+            assert other.poll() is None
+        finally:
+            file.unlink()
+            other.kill()
+    assert request_reload(launcher.port).returncode == 0
+    wait_until(lambda: launcher.said("has loaded the models again"))
+
+
+def test_start_with_the_path_and_python_variables_of_another_python(
+    repository: Path, tmp_path: Path
+) -> None:
+    """As from cron: PATH names another Python of the same version, HOME is not set."""
+    other = tmp_path / "bin" / "python3"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (tmp_path / "lib" / version).mkdir(parents=True)
+    (tmp_path / "lib" / version / "os.py").touch()  # its standard library, by which Python knows it
+    running = Launcher(
+        repository,
+        "env", "-u", "HOME", "-u", "LD_LIBRARY_PATH", "-u", "LANG",
+        PATH=f"{other.parent}:/usr/bin:/bin",
+        LC_ALL="C",
+    )  # fmt: skip
+    assert is_flow_right(running)
+    assert running.stop(signal.SIGTERM) == 0
+
+
+def test_read_only_checkout_logs_to_the_folder_that_is_named(
+    repository: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "logs é"
+    running = Launcher(repository, LOG_DIR=str(log))
+    assert running.said(str(log / f"serve-{running.port}.log"))
+    assert running.stop(signal.SIGTERM) == 0
+    assert (log / f"serve-{running.port}.log").stat().st_size > 0
+
+
+def test_log_folder_of_a_read_only_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(state, "BUILD", tmp_path / "file" / "build")  # also for root not writable
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert state.folder() == tmp_path / f"flownet2-{os.getuid()}"
+    monkeypatch.setenv("LOG_DIR", str(tmp_path / "file"))
+    with pytest.raises(LaunchError, match=r"LOG_DIR=.* is not writable"):
+        state.folder()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_host_may_be_an_ipv6_address(repository: Path, host: str) -> None:
+    running = Launcher(repository, HOST=host)
+    running.url = f"http://[::1]:{running.port}"
+    assert running.said(f"open {running.url}/ ")
+    assert is_flow_right(running)
+    check = [sys.executable, "-m", "launch.check"]
+    environment = {**os.environ, "HOST": host, "TRITON_HTTP_PORT": str(running.http)}
+    subprocess.run(check, cwd=PROJECT, env=environment, check=True)
+    assert running.stop(signal.SIGTERM) == 0
+
+
 def is_flow_right(launcher: Launcher) -> bool:
     """Whether the service answers; what it answers must be right."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{launcher.port}/estimate_flow/",
+        f"{launcher.url}/estimate_flow/",
         json.dumps(as_json(*map(encoded, IMAGES))).encode(),
         {"Accept": "application/x-npy", "Content-Type": "application/json"},
     )

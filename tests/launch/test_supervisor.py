@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import supervisor, triton
+from launch import supervisor, triton, wheel
 from launch.check import HealthCheck
 from launch.child import Child
 from launch.errors import LaunchError
@@ -181,7 +181,7 @@ def test_regions_of_the_killed_are_removed_and_those_of_the_living_kept() -> Non
 
 def test_check_notices_a_dead_stub_and_its_regions_go(tmp_path: Path) -> None:
     write_model(tmp_path)
-    with triton.serve(tmp_path) as server:
+    with wheel.serve(tmp_path) as server:
         health = HealthCheck(server.address.host, server.address.http_port)
         assert health.fault() is None
         assert check(server).returncode == 0

@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc.aio as client
 
 from flownet2.contract import BATCH_EDGE
-from launch import triton
+from launch import wheel
 from tests.support.gateway_stack import write_model
 from tests.support.plugins_build import library
 
@@ -29,7 +29,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         config.write_text(config.read_text().replace("dynamic_batching {", delay))
     strategy = repository / "with" / "1" / "batchstrategy.so"
     strategy.symlink_to(library("libflownet2_batching.so"))
-    with triton.serve(repository) as server:
+    with wheel.serve(repository) as server:
         yield server.address.grpc
 
 
