@@ -2,10 +2,10 @@
 
     python -m training.collect --out runs/textures
 
-downloads Debian packages with ``apt-get download`` (no installation, no root), unpacks them into a
-temporary folder and writes what is usable of their pictures to ``training/`` and, from packages of
-their own, to ``held-out/``: ``photos/*.jpg`` and ``cutouts/*.png`` in each, with ``sources.txt``.
-None of it is part of the repository; the generator also runs without, on procedural textures.
+downloads Debian packages with ``apt-get download`` (nothing is installed, no root needed), unpacks
+them into a temporary folder, and writes their usable pictures to ``training/`` and ``held-out/``
+(other packages): ``photos/*.jpg`` and ``cutouts/*.png`` in each, with ``sources.txt``. The pictures
+are not part of the repository. Without them the generator uses procedural textures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Package and the licences that its Debian copyright file names.
+# Packages, with the licences that their Debian copyright files name.
 PACKAGES = {
     "training": {
         "gnome-backgrounds": "CC-BY-SA-2.0, CC-BY-SA-3.0, CC-BY-2.0",
@@ -62,7 +62,7 @@ def unpack(package: str, folder: Path) -> None:
 
 
 def pictures(folder: Path) -> Iterator[Path]:
-    """The pictures below `folder` that are no normal maps; of one in several sizes, the largest."""
+    """Yield the pictures below a folder except normal maps; of several sizes only the largest."""
     largest: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURES and path.is_file() and not path.is_symlink():
@@ -73,7 +73,7 @@ def pictures(folder: Path) -> Iterator[Path]:
 
 
 def usable_photo(picture: Image.Image) -> Image.Image | None:
-    """An opaque picture, shrunk to what the generator can use; None if too small or too flat."""
+    """Shrink an opaque picture to a useful size; return None if it is too small or too flat."""
     shorter = min(picture.size)
     if shorter < LEAST_PHOTO:
         return None
@@ -87,7 +87,7 @@ def usable_photo(picture: Image.Image) -> Image.Image | None:
 
 
 def usable_cutout(picture: Image.Image) -> Image.Image | None:
-    """What is not transparent of a picture; None if that is too small."""
+    """Crop a picture to its opaque part; return None if the result is too small."""
     box = picture.getchannel("A").getbbox()
     if box is None or min(box[2] - box[0], box[3] - box[1]) < LEAST_CUTOUT:
         return None
@@ -97,13 +97,13 @@ def usable_cutout(picture: Image.Image) -> Image.Image | None:
 
 
 def collect(package: str, unpacked: Path, target: Path) -> tuple[int, int]:
-    """Write a package's usable photographs and cut-outs below `target`; how many of each."""
+    """Write a package's usable photographs and cut-outs below `target`; return their numbers."""
     counts = [0, 0]
     for path in pictures(unpacked):
         try:
             with Image.open(path) as opened:
                 picture = opened.convert("RGBA")
-        except OSError:  # broken on purpose, or a format that Pillow does not read
+        except OSError:  # damaged, or a format that Pillow does not read
             continue
         cutout = picture.getchannel("A").getextrema()[0] == 0
         usable = usable_cutout(picture) if cutout else usable_photo(picture)
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.collect", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/textures"))
     arguments = parser.parse_args()
-    Image.MAX_IMAGE_PIXELS = None  # wallpapers may be as large as they like
+    Image.MAX_IMAGE_PIXELS = None  # wallpapers may exceed the limit
     for part, packages in PACKAGES.items():
         target: Path = arguments.out / part
         for kind in ("photos", "cutouts"):

@@ -1,8 +1,8 @@
-"""The correlation of FlowNetC for training: one product over all pairs that can meet.
+"""The correlation of FlowNetC for training, as matrix products.
 
-Displacements are even, so a cell only ever meets cells of the same parity in x and in y: four
-products, each over a quarter of the cells, hold the whole cost volume, and a strided view cuts it
-out. Forward and backward take a fraction of the time of 441 shifted products.
+Displacements are even, so a cell is only compared with cells of the same parity in x and in y. Four
+matrix products, each over a quarter of the cells, contain the whole cost volume, and a strided view
+extracts it. Forward and backward take a fraction of the time of 441 shifted products.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ class _Cut(torch.autograd.Function):
 
 
 def cost_volume(a: Tensor, b: Tensor) -> Tensor:
-    """`export.networks.operators.correlation` as FlowNetC uses it, for even H and W.
+    """Compute `export.networks.operators.correlation` with FlowNetC's parameters.
 
-    a, b [N, C, H, W] to [N, 441, H, W], channels last in memory.
+    Args:
+        a, b: [N, C, H, W], H and W even.
+
+    Returns:
+        [N, 441, H, W], channels last in memory.
     """
     count, channels, height, width = a.shape
     h, w = height // 2, width // 2

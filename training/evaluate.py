@@ -2,10 +2,10 @@
 
     python -m training.evaluate --pairs DIR [--model model.onnx …] [--pictures DIR]
 
-prints one table: end-point error of each pair, family and over all, where occlusions are known that
-of visible and occluded pixels and of visible ones by their motion, then the share of pixels off by
-more than 3 pixels and the milliseconds a pair takes. `--pictures` writes first frame, true flow and
-every method's flow side by side in Middlebury's colours.
+prints one table: the end-point error of each pair, of each family and over all; if occlusions are
+known, also of visible and occluded pixels and of visible pixels by length of motion; then the share
+of pixels off by more than 3 pixels, and the milliseconds per pair. `--pictures` writes first frame,
+ground truth and the flow of every method side by side in Middlebury's colours.
 """
 
 from __future__ import annotations

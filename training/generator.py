@@ -1,4 +1,4 @@
-"""Image pairs with exact optical flow, in the spirit of FlyingChairs: layers that move over layers.
+"""Image pairs with exact optical flow, similar to FlyingChairs: textured layers that move.
 
 Every scene is a textured background and several foreground objects. A layer lives in canonical
 coordinates, the pixel grid of frame 0. Its motion from frame 0 to frame 1 is a homography M (with
@@ -8,9 +8,9 @@ translation, rotation, scale and, for backgrounds, perspective), after a smooth 
     frame 1 shows at pixel y the layer's texture at A M^-1 y,
     so the flow at x is exactly M (x + w(x)) - x.
 
-Nothing is inverted numerically, so the flow is exact to float32 rounding. Everything that is drawn
-at random comes from one seeded CPU generator; the pixel work runs on any device. A seed gives the
-same scenes on every device up to rounding.
+No field is inverted numerically, so the flow is exact up to float32 rounding. All random numbers
+come from one seeded CPU generator, and pixels are computed on any device: a seed gives the same
+scenes on every device up to rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from training.textures import TILE_SIZE, TextureSource
 
-# Object slots of a scene, back to front: texture side in pixels. Each is there with PRESENCE.
+# Objects of a scene, back to front: texture side in pixels. Each is present with probability
+# PRESENCE.
 OBJECT_SIZES = (320, 224, 112, 224, 80, 112, 80, 56, 56)
 PRESENCE = 0.7
 SMALL_MOTIONS = 0.1
@@ -32,7 +33,7 @@ SMALL_MOTIONS = 0.1
 LARGE_MOTIONS = (2.0, 4.0)
 """Range of the scale of the motions of scenes with large motions."""
 NEAREST, BEHIND = 1e-6, -1e6
-# Shares of the batches that have an effect, and of the layers that are out of focus.
+# Shares of batches with motion blur and fog, and of layers out of focus.
 MOTION_BLUR, FOG, DEFOCUS = 0.15, 0.15, 0.15
 
 

@@ -1,4 +1,4 @@
-"""Losses: end-point error at every level, and matching of features across the pair."""
+"""Losses: end-point error at every level, and feature matching between the frames."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from training.cost import RADIUS
 
-# Weights of the mean errors of levels 6 to 2. The paper's are of sums over pixels, and a mean
-# weighs four times as much on each finer level; the others double from level to level, as
-# PWC-Net's and NVIDIA's fine-tuning.
+# Weights of the mean errors of levels 6 to 2. The paper's weights are for sums over pixels; for
+# means they are four times as large at each finer level. "finest" doubles from level to level, as
+# the fine-tuning of PWC-Net and NVIDIA does.
 LEVEL_WEIGHTS = {
     "paper": (0.32, 4 * 0.08, 16 * 0.02, 64 * 0.01, 256 * 0.005),
     "finest": (0.08, 0.16, 0.32, 0.64, 1.28),

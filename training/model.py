@@ -1,9 +1,9 @@
-"""FlowNetC as it is trained, with a factored layer, and weights to begin with.
+"""FlowNetC with a factored layer for training, and the initialisation of weights.
 
-FlowNetC reads its 441 correlation channels through a 3x3 convolution, three tenths of all the
-arithmetic, whose weights for far displacements hardly ever see a match. In training the 441
-channels are first projected onto a smaller basis of smooth bumps over the plane of displacements,
-itself learned; both are linear, so that the product is the plain convolution of the original.
+FlowNetC reads its 441 correlation channels through a 3x3 convolution that takes three tenths of all
+arithmetic and whose weights for large displacements rarely see a match. In training the 441
+channels are first projected onto a smaller, learned basis of smooth bumps over the plane of
+displacements. Both steps are linear, so their product is the convolution of the original network.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from export.networks import Conv, EncoderDecoder, FlowNet2, FlowNetC
 from training.cost import RADIUS, cost_volume
 
-FLOW_CHANNELS = (9, 10)  # of a refining S's inputs
+FLOW_CHANNELS = (9, 10)  # of the inputs of a refining FlowNetS
 
 
 def displacement_basis() -> Tensor:
-    """[K, 441] smooth functions of the displacement: single steps near zero, wider bumps farther
-    out, and the moments 1, u and v."""
+    """Return smooth functions of the displacement, [K, 441]: single steps near zero, wider bumps
+    farther out, and the moments 1, u and v."""
     axis = torch.arange(-RADIUS, RADIUS + 1).float()
     v, u = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
     rows = []
@@ -46,7 +46,7 @@ def displacement_basis() -> Tensor:
 
 
 class TrainingC(nn.Module):
-    """FlowNetC for training, around the block whose parameters it trains.
+    """Training form of FlowNetC; wraps the block whose parameters it trains.
 
     `block.tail["conv3_1"]` is not used before :meth:`fold` writes the product of `basis` and
     `factor` into it.
@@ -66,18 +66,18 @@ class TrainingC(nn.Module):
         self.no_match = nn.Parameter(torch.zeros(1))
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Stem features of the first images of [2, N, 3, H, W], and the cost volume."""
+        """Return the stem features of the first images of [2, N, 3, H, W], and the cost volume."""
         count = images.shape[1]
         both = self.block.stem(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         first = {name: feature[:count] for name, feature in both.items()}
         return first, cost_volume(first["conv3"], both["conv3"][count:])
 
     def logits(self, cost: Tensor) -> tuple[Tensor, Tensor]:
-        """The cost volume as logits of the matching loss, and the logit of "no match"."""
+        """Return the logits of the matching loss, and the logit of "no match"."""
         return cost.float() * self.log_factor.exp(), self.no_match
 
     def decode(self, features: dict[str, Tensor], cost: Tensor) -> list[Tensor]:
-        """Predictions of levels 6 to 2 from what :meth:`features` gives."""
+        """Return the predictions of levels 6 to 2 from the output of :meth:`features`."""
         projected = F.conv2d(F.leaky_relu(cost, 0.1), self.basis[:, :, None, None])
         x = self.factor(torch.cat((self.block.conv_redir(features["conv3"]), projected), 1))
         features = features | {"conv3_1": x}
@@ -99,8 +99,8 @@ class TrainingC(nn.Module):
             self.log_factor.fill_(math.log(peak))
 
     def unfold(self) -> None:
-        """Set basis and factor from the plain conv3_1, the opposite of :meth:`fold`: its best
-        approximation of their rank."""
+        """Set basis and factor to the best approximation of the plain conv3_1 of their rank; the
+        inverse of :meth:`fold`."""
         with torch.no_grad():
             plain = self.block.tail["conv3_1"]
             assert isinstance(plain, Conv)
@@ -116,11 +116,11 @@ class TrainingC(nn.Module):
             self.factor.bias.copy_(plain.bias)
 
     def after_features(self) -> list[nn.Module]:
-        """What reads the features and the cost volume."""
+        """Return the modules that read the features and the cost volume."""
         return [self.block.conv_redir, self.factor, self.block.tail, self.block.decoder]
 
     def fold(self) -> None:
-        """Write the plain conv3_1 of the block from basis and factor."""
+        """Write the product of basis and factor into the plain conv3_1 of the block."""
         with torch.no_grad():
             plain = self.block.tail["conv3_1"]
             assert isinstance(plain, Conv)
@@ -136,9 +136,9 @@ class TrainingC(nn.Module):
 
 
 def initialise(block: nn.Module, seed: int) -> None:
-    """Weights to start from: orthogonal convolutions; flow that is handed up the levels unchanged.
+    """Initialise convolutions as orthogonal matrices, and predictions to pass flow up the levels.
 
-    Every `upflow` is a bilinear upsampling and every prediction but the coarsest starts as the
+    Every `upflow` is a bilinear upsampling, and every prediction except the coarsest is the
     upsampled flow of the level below, so that each level learns a correction.
     """
     torch.manual_seed(seed)
@@ -197,15 +197,15 @@ def initialise_from_data(parts: Iterable[nn.Module], forward: Callable[[], Any])
 
 
 def carry_flow(block: EncoderDecoder) -> None:
-    """Have a refining S begin with the flow that it is given, as the mean over each level's cells.
+    """Initialise a refining FlowNetS to pass through its input flow, averaged to each level.
 
-    Four channels of every encoder layer hand on u, -u, v and -v, which outlive LeakyReLU together:
-    f(x) - f(-x) = 1.1 x. Every prediction starts as what they carry, so that training learns a
-    correction from the first step on.
+    Four channels of every encoder layer carry u, -u, v and -v, which together survive LeakyReLU:
+    f(x) - f(-x) = 1.1 x. Every prediction is initialised to their value, so that training
+    learns a correction from the first step on.
     """
 
     def read(weight: Tensor, value: float) -> None:
-        """Weights [2, inputs, k, k] of u and v from the four channels."""
+        """Set weights [2, inputs, k, k] to read u and v from the four channels."""
         for component in (0, 1):
             weight[component, 2 * component] = value / 1.1
             weight[component, 2 * component + 1] = -value / 1.1
@@ -231,6 +231,6 @@ def carry_flow(block: EncoderDecoder) -> None:
 
 
 def channel_means(model: FlowNet2) -> None:
-    """Set the means that the network subtracts, all the same: training permutes the colours."""
+    """Set the means that the network subtracts. All are equal, since training permutes colours."""
     model.mean1.fill_(0.45)
     model.mean2.fill_(0.45)

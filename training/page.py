@@ -1,7 +1,8 @@
-"""Make what the page opens with, while the service runs: `python -m training.page samples/photo_0`.
+"""Make the example that the page opens with: `python -m training.page samples/photo_0`.
 
-Writes gateway/web/sample/: the pair as JPEG, and the service's response to it, its flow rounded to
-1/16 pixel so that it packs; then samples/page.jpg, the README's picture of the page.
+The service must be running. Writes gateway/web/sample/ (the pair as JPEG, and the service's
+response, its flow rounded to 1/16 pixel so that it compresses well) and samples/page.jpg, the
+screenshot in the README.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from flownet2.contract import IMAGE_INPUTS
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16
-"""Of the rounded flow in a pixel."""
+"""Steps of the rounded flow per pixel."""
 
 
 def write_sample(pair: Path, url: str, folder: Path) -> None:
@@ -42,8 +43,8 @@ def write_sample(pair: Path, url: str, folder: Path) -> None:
 
 
 def write_picture(url: str, file: Path) -> None:
-    """Write a picture of the page as it opens."""
-    from playwright.sync_api import sync_playwright  # noqa: PLC0415  wants a browser besides
+    """Write a screenshot of the page as it opens."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415  needs a browser
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(

@@ -1,4 +1,4 @@
-"""Rendered scenes kept for reuse, and the augmentation that makes every use of one different."""
+"""A pool of rendered scenes for reuse, and the augmentation that makes every use different."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.generator import Mixture, render
 from training.prefetch import draw_ahead
 from training.textures import Textures
 
-RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; a GPU takes its time for the calls, not the pixels
+RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; on a GPU the calls take the time, not the pixels
 MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
 
 
@@ -53,10 +53,10 @@ def collate(crops: list[Crop], random: torch.Generator) -> Batch:
 
 
 def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
-    """uint8 RGB frames [2, B, 3, h, w] to float32 BGR in 0..1 with changed colours.
+    """Change the colours of uint8 RGB frames [2, B, 3, h, w]; return float32 BGR in 0..1.
 
-    Colours are permuted, and contrast, brightness, colour balance and gamma drawn, once for the
-    pair and, weaker, again for each frame; then noise is added.
+    Colours are permuted. Contrast, brightness, colour balance and gamma are drawn once for the pair
+    and again, in a smaller range, for each frame; then noise is added.
     """
     device = frames.device
     pairs = frames.shape[1]
@@ -86,7 +86,7 @@ def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
 
 
 def leaves(flow: Tensor) -> Tensor:
-    """Where a flow [N, 2, h, w] points out of the image, bool [N, h, w]."""
+    """Return the pixels whose flow [N, 2, h, w] leads out of the image, bool [N, h, w]."""
     height, width = flow.shape[2:]
     x = flow[:, 0] + torch.arange(width, device=flow.device)
     y = flow[:, 1] + torch.arange(height, device=flow.device)[:, None]
@@ -94,7 +94,7 @@ def leaves(flow: Tensor) -> Tensor:
 
 
 class ScenePool:
-    """A ring of rendered scenes. Each is cropped, flipped and recoloured afresh whenever drawn.
+    """A ring buffer of rendered scenes; every draw crops and mirrors a scene anew.
 
     The scenes are those of seeds `seed`, `seed + 1`, …, rendered in that order, a RENDER_BATCH
     each, so that a pool is restored by the number of batches rendered. Their motions are scaled by
@@ -135,7 +135,7 @@ class ScenePool:
             self.render_next()
 
     def render_next(self) -> None:
-        """Replace the oldest scenes by new ones."""
+        """Render the next batch of scenes in place of the oldest."""
         scale, driving = self.mixture.kind(self.rendered)
         scenes = render(
             self.seed + self.rendered,
@@ -154,7 +154,8 @@ class ScenePool:
         self.rendered += 1
 
     def draw(self, count: int, reuse: float, random: torch.Generator) -> list[Crop]:
-        """`count` crops, after rendering as many new scenes as uses of each `reuse` times ask."""
+        """Draw crops, after rendering as many new scenes as a mean of `reuse` uses per scene
+        needs."""
         self.owed += count / reuse
         while self.owed >= self.scenes:
             self.render_next()

@@ -1,7 +1,6 @@
-"""Textures drawn ahead of their scenes, by processes of their own.
+"""Prefetching of textures in worker processes.
 
-A GPU renders a scene in a fraction of the time that a core takes to decode and resize its
-pictures.
+A GPU renders a scene in a fraction of the time that a core takes to decode and resize its pictures.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Draw = tuple[Any, Tensor]  # textures, and the state of the random generator aft
 
 
 class Recorder:
-    """Textures that keep what is drawn of them."""
+    """Textures that record their draws."""
 
     def __init__(self, textures: TextureSource) -> None:
         self.textures = textures
@@ -40,7 +39,7 @@ class Recorder:
 
 
 class Replay:
-    """What a :class:`Recorder` has kept, in the same order, for the same scenes."""
+    """Textures that replay the draws of a :class:`Recorder` in the same order."""
 
     def __init__(self, draws: list[Draw]) -> None:
         self.draws = iter(draws)
@@ -97,7 +96,7 @@ def draw_ahead(
         batch_size=None,
         sampler=count(first),
         num_workers=max(1, len(os.sched_getaffinity(0)) - 2),
-        # What other libraries have started in this process does not live through a fork.
+        # Threads of other libraries in this process do not survive a fork.
         multiprocessing_context="spawn",
         pin_memory=torch.cuda.is_available(),
     )

@@ -1,10 +1,10 @@
-"""Write image pairs of the generator with their flow, of seeds that training never draws.
+"""Write generated image pairs with their flow, of seeds outside of the training range.
 
     python -m training.samples --out samples --name layers --count 3
     python -m training.samples --out runs/validation --name seen --count 24 --size 384 512 \\
         --textures runs/textures/training --augment
 
-The first are procedural alone, so that no one else's picture is in them.
+Without --textures all textures are procedural, so that the pairs hold nobody else's pictures.
 """
 
 from __future__ import annotations

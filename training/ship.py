@@ -2,9 +2,8 @@
 
     python -m training.ship runs/c weights/flownet2.safetensors
 
-`--mean-with` ships the mean of the run's weights and those that it began with: a run that gains on
-textures that it sees can lose on others, and their mean keeps both (Wortsman et al., Robust
-fine-tuning of zero-shot models, CVPR 2022).
+`--mean-with` ships the mean of the run's weights and its initial weights, which often generalises
+better than either (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LICENSE = "GPL-3.0-or-later"
 
 
 def finished_model(folder: Path) -> tuple[FlowNet2, str]:
-    """The network of a run's last checkpoint, and one sentence on where it comes from."""
+    """Return the network of a run's last checkpoint, and a sentence on its origin."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     model = FlowNet2(NETWORKS[state["network"]])
     average = AveragedModel(Trainee(model, state["blocks"]))
@@ -44,8 +43,8 @@ def mean_with(model: FlowNet2, file: Path) -> None:
     """
     other, _ = load_weights(model.network, file)
     with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            mine.lerp_(theirs, 0.5)
+        for parameter, before in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.lerp_(before, 0.5)
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
     model, source = finished_model(arguments.run)
     if arguments.mean_with:
         mean_with(model, arguments.mean_with)
-        source += ", and the mean with the weights before"
+        source += ", and the mean with the initial weights"
     save_weights(model, arguments.weights, source, LICENSE)
     print(f"{arguments.weights}: {source}, {arguments.weights.stat().st_size / 1e6:.1f} MB")
 

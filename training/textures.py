@@ -1,6 +1,6 @@
-"""What the generator covers its layers with: photographs and cut-outs, and procedural ones.
+"""Textures for the generated layers: photographs, cut-outs and procedural patterns.
 
-Every draw cuts a new piece out of a whole photograph, as `training.collect` has stored it.
+Every draw cuts a new piece out of a photograph that `training.collect` has stored.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 TILE_SIZE = 448
-LEAST_CROP = 320  # pixels of a photograph that a tile shows at least, along each side
-PROCEDURAL_TILES = 0.2  # their share
+LEAST_CROP = 320  # smallest side of the piece of a photograph that becomes a tile, in pixels
+PROCEDURAL_TILES = 0.2  # share of procedural tiles
 PROCEDURAL_CUTOUTS = 0.35
 
 
 class _Files:
-    """The pictures of a folder. A package of four times as many is drawn from twice as often."""
+    """The pictures of a folder, drawn with a probability per package that grows as the square root
+    of its number of pictures."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(folder.iterdir())
@@ -36,18 +37,18 @@ class _Files:
 
 
 class TextureSource(Protocol):
-    """What scenes are covered with, drawn by a random generator on the CPU."""
+    """Source of textures, drawn with a random generator on the CPU."""
 
     def tiles(self, count: int, random: torch.Generator) -> Tensor:
-        """`count` textures, uint8 [count, 3, 448, 448]."""
+        """Draw textures, uint8 [count, 3, 448, 448]."""
 
     def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` cut-outs, uint8 [count, 4, size, size], not premultiplied; and which of them are
-        shapes without a colour of their own, bool [count]."""
+        """Draw cut-outs, uint8 [count, 4, size, size] with straight alpha; and a mask, bool
+        [count], of those that are shapes without colour."""
 
 
 class Textures:
-    """Photographs and cut-outs below `folder`; without one, everything is procedural."""
+    """Photographs and cut-outs below `folder`; without a folder all textures are procedural."""
 
     def __init__(self, folder: Path | None = None) -> None:
         random = torch.Generator().manual_seed(1)
@@ -92,7 +93,7 @@ def _channels(picture: Image.Image) -> Tensor:
 
 
 def _tile(path: Path, random: torch.Generator) -> Tensor:
-    """A square piece of a photograph, from LEAST_CROP pixels to all of its shorter side."""
+    """Cut a random square out of a photograph, between LEAST_CROP and its shorter side."""
     with Image.open(path) as photo:
         shorter = min(photo.size)
         side = round(LEAST_CROP * (shorter / LEAST_CROP) ** _uniform(random))
@@ -103,7 +104,7 @@ def _tile(path: Path, random: torch.Generator) -> Tensor:
 
 
 def _cutout(path: Path, size: int) -> Tensor:
-    """A cut-out in the middle of a square, as large as fits with a transparent margin."""
+    """Centre a cut-out in a square, as large as fits with a transparent margin of one pixel."""
     with Image.open(path) as opened:
         picture = opened.convert("RGBA")
     factor = (size - 2) / max(picture.size)
@@ -116,8 +117,8 @@ def _cutout(path: Path, size: int) -> Tensor:
 
 
 def procedural_tiles(count: int, random: torch.Generator, size: int = TILE_SIZE) -> Tensor:
-    """`count` coloured textures, uint8 [count, 3, size, size]: noise in octaves, half of them cut
-    into flat patches with sharp edges."""
+    """Generate coloured textures, uint8 [count, 3, size, size]: noise in octaves, half of them
+    quantised to flat patches with sharp edges."""
     texture = torch.zeros(count, 3, size, size)
     for octave in (4, 8, 16, 32, 64, 112, 224):
         noise = torch.randn(count, 3, octave, octave, generator=random)
@@ -136,7 +137,7 @@ def procedural_tiles(count: int, random: torch.Generator, size: int = TILE_SIZE)
 
 
 def procedural_shapes(count: int, random: torch.Generator, size: int = 128) -> Tensor:
-    """`count` shapes, uint8 [count, 4, size, size], colour zero: blobs, stars, rings and bars."""
+    """Generate black shapes, uint8 [count, 4, size, size]: blobs, stars, rings and polygons."""
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     angle, radius = torch.atan2(y, x), torch.hypot(x, y)

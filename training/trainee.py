@@ -1,4 +1,4 @@
-"""A network in training: which of its blocks learn, and what the others give them."""
+"""A network in training: the blocks that are trained, and the frozen ones that feed them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from training.model import TrainingC
 
 
 def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
-    """Copy those blocks of a weights file that `model` has too, and the means; which they are, and
-    where the file comes from.
+    """Copy the means and the blocks that a weights file and `model` share.
+
+    Returns:
+        The names of these blocks, and the source of the file.
 
     Raises:
         WeightsError: the file is unreadable, of no network or of one of another width.
     """
-    # Asks for more than PyTorch and NumPy.
+    # Needs more than PyTorch and NumPy.
     from export.weights import WeightsError, load_weights, read_weights  # noqa: PLC0415
     from export.weights.load import differences  # noqa: PLC0415
 
@@ -38,7 +40,7 @@ def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
 
 
 class Trainee(nn.Module):
-    """A network, up to the last of its `blocks` that is trained; the others stay as they are."""
+    """A network up to the last of its trained `blocks`; other blocks are frozen."""
 
     def __init__(self, model: FlowNet2, blocks: Collection[str]) -> None:
         super().__init__()
@@ -53,23 +55,27 @@ class Trainee(nn.Module):
         self.scale = flow_scale(self.blocks[-1])
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters in training, by name."""
+        """Return the trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def modules_of(self, block: str) -> list[nn.Module]:
-        """What holds the parameters of a block in training."""
+        """Return the modules that hold the parameters of a trained block."""
         if self.matcher is not None and block == "net1":
             return [self.matcher]
         return [self.model.blocks[block]]
 
     def cost(self, images: Tensor) -> Tensor:
-        """FlowNetC's cost volume of images [2, N, 3, H, W], BGR in 0..1."""
+        """Return FlowNetC's cost volume of images [2, N, 3, H, W], BGR in 0..1."""
         assert self.matcher is not None
         return self.matcher.features(images - self.means())[1]
 
     def forward(self, images: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
-        """Each trained block's predictions, coarsest first in units of `scale` pixels, and
-        FlowNetC's cost volume if it is trained; from images [2, N, 3, H, W], BGR in 0..1."""
+        """Return the predictions of each trained block, coarsest first, in units of `scale` pixels;
+        and FlowNetC's cost volume if it is trained.
+
+        Args:
+            images: [2, N, 3, H, W], BGR in 0..1.
+        """
         images = images - self.means()
         first, second = images
         predictions: list[list[Tensor]] = []
@@ -90,5 +96,5 @@ class Trainee(nn.Module):
         return predictions, cost
 
     def means(self) -> Tensor:
-        """What is subtracted from the images: [2, 1, 3, 1, 1]."""
+        """Return the means that are subtracted from the images, [2, 1, 3, 1, 1]."""
         return torch.stack((self.model.mean1, self.model.mean2))[:, None]

@@ -1,7 +1,7 @@
 """Data-parallel training in several processes on one machine, gradients averaged every step.
 
-On a CPU that others use too, processes of one thread each get several times as far as one process
-of several threads, whose every operation waits for its slowest thread.
+On a shared CPU, several processes of one thread each are several times faster than one process of
+several threads, in which every operation waits for the slowest thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Workers:
-    """This process among those that `torchrun` has started; alone, every method does nothing."""
+    """This process among the workers that `torchrun` started; alone, every method does nothing."""
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -50,7 +50,7 @@ class Workers:
         return [float(value) for value in tensor / self.count]
 
     def gather(self, value: dict[str, Any]) -> list[dict[str, Any]]:
-        """The `value` of each worker, in the order of ranks."""
+        """Return the `value` of each worker, by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -58,7 +58,7 @@ class Workers:
         return values
 
     def share(self, tensors: list[Tensor]) -> None:
-        """Copy `tensors` of the first worker to the others."""
+        """Copy the `tensors` of the first worker to all others."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
