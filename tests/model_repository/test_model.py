@@ -16,7 +16,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from export.served.engines import PROVIDER_VARIABLE
-from launch import triton
+from launch import triton, wheel
 from launch.errors import LaunchError
 from tests.support.gateway_stack import wait_until
 from tests.support.pairs import Images, end_point_error, expected, pair
@@ -196,7 +196,7 @@ def test_gpu_engine_serves_shapes_in_turn_and_batches(
     repository: Path, reference: onnxruntime.InferenceSession
 ) -> None:
     with (
-        triton.serve(repository) as server,
+        wheel.serve(repository) as server,
         tritonclient.grpc.InferenceServerClient(server.address.grpc) as client,
     ):
         engine, precision, difference = engine_of(server)
@@ -223,7 +223,7 @@ def test_wrong_gpu_engine_is_not_used(
     onnx.save(model, version / "model_fp16.onnx")
     lines: list[str] = []
     with (
-        triton.serve(repository, echo=lines.append) as server,
+        wheel.serve(repository, echo=lines.append) as server,
         tritonclient.grpc.InferenceServerClient(server.address.grpc) as client,
     ):
         assert engine_of(server)[0] == "OpenVINO"
@@ -243,7 +243,7 @@ def test_model_that_no_engine_runs_right_is_not_loaded_and_the_old_one_serves_on
     golden = repository / "flownet2" / "1" / "golden.npz"
     images = pair(75, 100)
     with (
-        triton.serve(repository) as server,
+        wheel.serve(repository) as server,
         tritonclient.grpc.InferenceServerClient(server.address.grpc) as client,
     ):
         before = infer(client, tritonclient.grpc, images), engine_of(server)
