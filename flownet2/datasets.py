@@ -8,7 +8,7 @@ the folder of a split. A path that ends with `.*` has any suffix.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -258,11 +258,28 @@ def samples(dataset: str, folder: Path, split: Split = "evaluation") -> list[Sam
     Args:
         dataset: a key of `DATASETS`.
         folder: the dataset as it is unpacked, or its folder of the split.
-        split: which pairs, of datasets that are split; of others all pairs.
+        split: which pairs, of datasets that are split; of others all pairs. If only the training
+            split is there, its pairs are evaluated, and their titles say so.
 
     Raises:
         DatasetError: the folder has no pair, or the list of its split does not fit.
     """
+    pairs = _of_split(dataset, folder, split)
+    if not pairs and split == "evaluation":
+        pairs = [
+            replace(sample, title=f"{sample.title}, training split")
+            for sample in _of_split(dataset, folder, "training")
+        ]
+    if not pairs:
+        truth, first = DATASETS[dataset][0].truth, DATASETS[dataset][0].first
+        raise DatasetError(
+            f"{folder} is not laid out as {dataset}: there is no true flow {truth} "
+            f"with frames {first}"
+        )
+    return pairs
+
+
+def _of_split(dataset: str, folder: Path, split: Split) -> list[Sample]:
     pairs: list[Sample] = []
     before = 0
     for layout in DATASETS[dataset]:
@@ -270,12 +287,6 @@ def samples(dataset: str, folder: Path, split: Split = "evaluation") -> list[Sam
             found = list(_samples(layout, folder, split))
             before = len(found)
             pairs += found
-    if not pairs:
-        truth, first = DATASETS[dataset][0].truth, DATASETS[dataset][0].first
-        raise DatasetError(
-            f"{folder} is not laid out as {dataset}: there is no true flow {truth} "
-            f"with frames {first}"
-        )
     return pairs
 
 

@@ -1,17 +1,17 @@
 """Errors of flow against the ground truth, of a file or of a server on a benchmark."""
 
-import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from flownet2.client import AsyncClient
+from flownet2.concurrency import in_order
 from flownet2.datasets import Sample
 from flownet2.errors import Error
-from flownet2.formats import Flow, Mask, known
+from flownet2.formats import Flow, Mask, known, read_flow
 from flownet2.measures import end_point_error, fl, nearest_truth
 
 SPEEDS = (10.0, 40.0)
@@ -168,6 +168,22 @@ class Errors:
         return count / self.counts["all"] if self.counts.get("all") else None
 
 
+def compare_files(prediction: Path, truth: Path) -> Errors:
+    """Compute the errors of a flow file against a file of ground truth.
+
+    Ground truth in a .flo5 file of twice the height and width is Spring's, see `nearest_truth`.
+
+    Raises:
+        Error: a file is damaged, or the sizes differ.
+        OSError: a file cannot be read.
+    """
+    flow, true_flow = read_flow(prediction), read_flow(truth)
+    double = true_flow.shape[:2] == (2 * flow.shape[0], 2 * flow.shape[1])
+    errors = Errors()
+    errors.add(flow, true_flow, supersampled=double and truth.suffix.lower() == ".flo5")
+    return errors
+
+
 async def evaluate(
     samples: Iterable[Sample],
     client: AsyncClient,
@@ -187,7 +203,6 @@ async def evaluate(
         OSError: a file cannot be read.
     """
     errors: dict[tuple[str, str], Errors] = {}
-    pending: deque[tuple[Sample, asyncio.Task[Flow]]] = deque()
 
     async def request(sample: Sample) -> Flow:
         return (await client.flow(sample.first, sample.second)).flow
@@ -200,21 +215,7 @@ async def evaluate(
         except EvaluationError as error:
             raise EvaluationError(f"{sample.truth}: {error}") from error
 
-    async def finish() -> None:
-        sample, task = pending.popleft()
-        await asyncio.to_thread(add, sample, await task)
-        advance()
-
-    try:
-        for sample in samples:
-            if len(pending) == jobs:
-                await finish()
-            pending.append((sample, asyncio.create_task(request(sample))))
-        while pending:
-            await finish()
-    finally:
-        for _, task in pending:
-            task.cancel()
+    await in_order(samples, request, add, jobs, advance)
     return errors
 
 

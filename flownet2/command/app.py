@@ -11,6 +11,7 @@ from flownet2.command.models import models
 from flownet2.command.pair import pair
 from flownet2.command.run import run
 from flownet2.command.serve import serve
+from flownet2.command.submit import submit
 from flownet2.command.view import view
 
 app = typer.Typer(
@@ -38,5 +39,5 @@ def flownet2(
     """Compute optical flow with FlowNet 2.0 on a server. `flownet2 serve` starts a server."""
 
 
-for command in (pair, run, view, convert, evaluate, models, serve):
+for command in (pair, run, view, convert, evaluate, submit, models, serve):
     app.command()(command)

@@ -14,7 +14,6 @@ from flownet2.client import AsyncClient
 from flownet2.command.options import ModelName, Server
 from flownet2.command.terminal import fail, print_table, progress_bar, say
 from flownet2.datasets import DATASETS, samples
-from flownet2.formats import read_flow
 
 if TYPE_CHECKING:
     from flownet2.evaluate import Errors
@@ -57,11 +56,7 @@ def evaluate(
     network = None
     if dataset is None:
         prediction, truth = paths
-        errors = evaluation.Errors()
-        errors.add(
-            read_flow(prediction), read_flow(truth), supersampled=truth.suffix.lower() == ".flo5"
-        )
-        rows = {(str(prediction), ""): errors}
+        rows = {(str(prediction), ""): evaluation.compare_files(prediction, truth)}
     elif dataset not in DATASETS:
         raise typer.BadParameter(f"--dataset: {dataset!r} is none of {', '.join(DATASETS)}")
     else:

@@ -182,7 +182,10 @@ def test_training_splits(tmp_path: Path) -> None:
     assert found.first == tmp_path / "things/train/image_clean/left/0000000.png"
     lay_out(tmp_path / "chairs", *LAYOUTS["chairs"][0])
     (found,) = samples("chairs", tmp_path / "chairs", "training")
-    assert found.sequence == "00001"
+    assert (found.title, found.sequence) == ("chairs", "00001")
+    (tmp_path / "chairs/data/00003_flow.flo").unlink()
+    (found,) = samples("chairs", tmp_path / "chairs")
+    assert (found.title, found.sequence) == ("chairs, training split", "00001")
 
 
 def test_masks(tmp_path: Path) -> None:
