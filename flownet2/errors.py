@@ -1,11 +1,40 @@
-"""The base class of the package's errors, and the error for an extra that is not installed."""
+"""The errors that every part of the package may raise."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
+
+PROBLEM = "urn:problem-type:flownet2:"
+"""Prefix of the `type` of every problem."""
+UNREACHABLE = PROBLEM + "unreachable"
 
 
 class Error(Exception):
     """Base class of the package's errors; the message says what is wrong and what to change."""
+
+
+class FlowError(Error):
+    """A client returns no flow.
+
+    Attributes:
+        type: name of the problem, the same as the gateway's: `urn:problem-type:flownet2:…`.
+        detail: what is wrong and what to change; also the message.
+        field: the image or parameter that is wrong, or None.
+        unavailable: True if the servers are full or unreachable, and the same call may succeed
+            later.
+    """
+
+    def __init__(
+        self, type: str, detail: str, field: str | None = None, unavailable: bool = False
+    ) -> None:
+        super().__init__(detail)
+        self.type = type
+        self.detail = detail
+        self.field = field
+        self.unavailable = unavailable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.type, self.detail, self.field, self.unavailable)
 
 
 class MissingExtra(Error):

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 from flownet2 import storage, writers
-from flownet2.client import AsyncClient, FlowError
-from flownet2.errors import Error
+from flownet2.client import AsyncClient
+from flownet2.errors import Error, FlowError
 from flownet2.formats import FormatError
 from flownet2.manifest import Index, Row, agree, checksum, forget
 from flownet2.models import Model

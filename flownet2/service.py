@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flownet2.client import DEFAULT_SERVER, UNREACHABLE, Client, FlowError
-from flownet2.errors import Error
+from flownet2.client import DEFAULT_SERVER, Client
+from flownet2.errors import UNREACHABLE, Error, FlowError
 from flownet2.processes import ending_with_parent
 
 CHECKOUT = Path(__file__).parent.parent

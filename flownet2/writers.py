@@ -11,7 +11,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from flownet2 import video
-from flownet2.client import Direction, Result
+from flownet2.backends import Result
+from flownet2.client import Direction
 from flownet2.colours import colours
 from flownet2.formats import FORMATS, Flow, Mask, known, to_picture
 from flownet2.images import Frame, Pixels

@@ -1,9 +1,17 @@
 """The clients against a real gateway and Triton whose flow is known in closed form."""
 
 import asyncio
+import concurrent.futures
+import contextlib
+import copy
+import gc
 import http.server
 import io
 import json
+import pickle
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +22,10 @@ import pytest
 from PIL import Image
 
 from flownet2 import AsyncClient, Client, FlowError
+from flownet2.client import Direction
 from flownet2.measures import occluded
 from launch import triton
-from tests.support.gateway_stack import Gateway, free_port, picture
+from tests.support.gateway_stack import Gateway, free_port, picture, wait_until
 
 
 @pytest.fixture(params=["http", "grpc"])
@@ -28,6 +37,11 @@ def client(
     )
     with Client(address) as running:
         yield running
+
+
+def address(client: Client) -> str:
+    (url,) = client.urls
+    return url
 
 
 @pytest.fixture
@@ -126,7 +140,9 @@ def test_async(gateway: Gateway, frames: tuple[np.ndarray, np.ndarray]) -> None:
 class Scripted:
     """An HTTP server that gives prepared answers, the last one again and again."""
 
-    def __init__(self, *answers: tuple[int, dict[str, str], bytes] | None) -> None:
+    def __init__(
+        self, *answers: tuple[int, dict[str, str], bytes] | None, host: str = "127.0.0.1"
+    ) -> None:
         self.headers: list[dict[str, str]] = []
         script = list(answers)
         outer = self
@@ -139,6 +155,10 @@ class Scripted:
                 if answer is None:  # dies in the middle
                     self.close_connection = True
                     return
+                if answer is SLOW:
+                    self.close_connection = True
+                    outer.ended.wait(30)
+                    return
                 status, headers, content = answer
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -149,16 +169,26 @@ class Scripted:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        class Server(http.server.ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        self.ended = threading.Event()
+        self.server = Server((host, 0), Handler)
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self.server.server_port}"
 
     def __enter__(self) -> "Scripted":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+SLOW = (0, {}, b"")
+"""Stands for no answer at all."""
 
 
 def npy(flow: np.ndarray) -> tuple[int, dict[str, str], bytes]:
@@ -226,7 +256,258 @@ def test_the_key_and_the_server_come_from_the_environment(
         assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
-def test_addresses_that_are_none() -> None:
-    for server in ("127.0.0.1:5003", "ftp://a", "http://a,", "grpc://"):
-        with pytest.raises(FlowError, match="is not a server"):
-            Client(server)
+WRONG_SERVERS = (
+    *("127.0.0.1:5003", "ftp://a", "http://a,", "grpc://", "http://[::1", "http://a:port"),
+    *("grpc://a", "grpc://a:8001/b", "http://a:70000"),
+)
+
+
+@pytest.mark.parametrize("server", WRONG_SERVERS)
+def test_addresses_that_are_none(server: str) -> None:
+    with pytest.raises(FlowError, match="is not a server") as caught:
+        Client(server)
+    assert caught.value.field == "server"
+
+
+def test_wrong_arguments(frames: tuple[np.ndarray, np.ndarray]) -> None:
+    for field, options in (
+        ("timeout", {"timeout": 0}),
+        ("timeout", {"timeout": None}),
+        ("api_key", {"api_key": "s\u00e9same"}),
+    ):
+        with pytest.raises(FlowError) as caught:
+            Client("http://127.0.0.1:1", **options)
+        assert caught.value.field == field
+    with Client("http://127.0.0.1:1") as client:
+        for field, options in (
+            ("direction", {"direction": "backwards"}),
+            ("direction", {"direction": None}),
+            ("max_edge", {"max_edge": 8}),
+        ):
+            with pytest.raises(FlowError) as caught:
+                client.flow(*frames, **options)
+            assert caught.value.field == field
+
+
+def test_images_that_are_none(client: Client, frames: tuple[np.ndarray, np.ndarray]) -> None:
+    for image in (None, 7, [[1]], frames[0].astype(np.float32), io.StringIO("text")):
+        with pytest.raises(FlowError, match="image2") as caught:
+            client.flow(frames[0], image)
+        assert caught.value.type.endswith(":not-an-image")
+
+
+def test_deep_images_are_scaled_or_refused(client: Client) -> None:
+    deep = np.linspace(0, 1, 40 * 50, dtype=np.float32).reshape(40, 50)
+    black = np.zeros((40, 50, 3), np.uint8)
+    flow = client.flow(Image.fromarray(deep), black).flow
+    np.testing.assert_array_equal(flow[..., 0], np.rint(deep * 255) / -8)
+    with pytest.raises(FlowError, match="scale them to 0 to 1"):
+        client.flow(Image.fromarray(deep * 2), black)
+
+
+def test_reduced_images(client: Client) -> None:
+    images = [picture(seed, 160, 80) for seed in (1, 2)]
+    small = [np.asarray(one.resize((64, 32), Image.Resampling.LANCZOS)) for one in images]
+    flow = client.flow(*images, max_edge=64).flow
+    np.testing.assert_array_equal(flow, closed_form(*small))
+    assert client.flow(*images, max_edge=160).flow.shape == (80, 160, 2)
+
+
+def test_the_model_of_a_client(client: Client) -> None:
+    assert client.model().name == "flownet2"
+    assert client.model().network == "FlowNet2"
+
+
+@contextlib.contextmanager
+def silent_server(accepting: bool) -> Iterator[str]:
+    """The address of a server that never answers; with `accepting` False it does not connect."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8 if accepting else 0)
+        address = listener.getsockname()
+        for _ in range(0 if accepting else 2):  # fill the queue of connections
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        yield f"127.0.0.1:{address[1]}"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "accepting", "name"),
+    [
+        ("http", True, "deadline-exceeded"),
+        ("http", False, "unreachable"),
+        ("grpc", True, "unreachable"),  # gRPC waits for the server's settings
+        ("grpc", False, "unreachable"),
+    ],
+)
+def test_timeout_is_the_deadline_of_a_call(
+    scheme: str, accepting: bool, name: str, frames: tuple[np.ndarray, np.ndarray]
+) -> None:
+    with (
+        silent_server(accepting) as address,
+        Client(f"{scheme}://{address}", timeout=1.5) as client,
+    ):
+        began = time.monotonic()
+        with pytest.raises(FlowError) as caught:
+            client.flow(*frames)
+        assert time.monotonic() - began < 3
+        assert caught.value.type.endswith(f":{name}")
+
+
+def test_a_request_that_took_too_long_is_not_sent_again(
+    frames: tuple[np.ndarray, np.ndarray],
+) -> None:
+    with Scripted(SLOW) as server, Client(server.url, timeout=0.5) as client:
+        with pytest.raises(FlowError, match="longer timeout") as caught:
+            client.flow(*frames)
+        assert caught.value.type.endswith(":deadline-exceeded")
+        assert len(server.headers) == 1
+        assert float(server.headers[0]["X-Request-Timeout"]) <= 0.5
+
+
+def test_retries_end_at_the_deadline(frames: tuple[np.ndarray, np.ndarray]) -> None:
+    with Scripted(FULL) as server, Client(server.url, timeout=2.5) as client:
+        began = time.monotonic()
+        with pytest.raises(FlowError, match="full") as caught:
+            client.flow(*frames)
+        assert time.monotonic() - began < 3
+        assert caught.value.unavailable
+        assert len(server.headers) == 3
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_responses_of_other_servers(
+    frames: tuple[np.ndarray, np.ndarray], direction: Direction
+) -> None:
+    flow = closed_form(*frames)
+    _, _, content = npy(flow)
+    for response in (
+        (200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"),
+        (200, {}, b""),
+        (200, {}, content[:-4]),
+        npy(flow[:-1]),
+        npy(flow.astype(np.float64)),
+        (200, {"Content-Encoding": "gzip"}, content),
+        (302, {"Location": "/login"}, b""),
+        (504, {}, b"<html>Gateway Timeout</html>"),
+    ):
+        with Scripted(response) as server, Client(server.url) as client:
+            with pytest.raises(FlowError, match=server.url) as caught:
+                client.flow(*frames, direction=direction)
+            assert caught.value.type.endswith(":unexpected-response")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://[::1", "x://", "http://a:b"])
+def test_proxies_that_cannot_be_used(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with Client("http://gateway.invalid", patience=0) as client, pytest.raises(FlowError):
+        client.models()
+
+
+def test_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "[::1]")
+    black = np.zeros((20, 30, 3), np.uint8)
+    try:
+        server = Scripted(npy(np.zeros((20, 30, 2), np.float32)), host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server, Client(server.url) as client:
+        assert client.flow(black, black).flow.shape == (20, 30, 2)
+
+
+FORK = """
+import os, sys
+import numpy as np
+from flownet2 import Client, FlowError
+client = Client(sys.argv[1], timeout=20)
+image = np.zeros((64, 64, 3), np.uint8)
+if sys.argv[2] == "used":
+    client.flow(image, image)
+child = os.fork()
+if child == 0:
+    try:
+        print("child", client.flow(image, image).flow.shape, flush=True)
+    except FlowError as error:
+        print("child", error.type, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print("parent", client.flow(image, image).flow.shape)
+client.close()
+"""
+
+
+@pytest.mark.parametrize("before", ["unused", "used"])
+def test_a_client_works_after_a_fork(client: Client, before: str) -> None:
+    url = address(client)
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", FORK, url, before],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    forked = "urn:problem-type:flownet2:forked"  # gRPC does not work then
+    child = forked if url.startswith("grpc") and before == "used" else "(64, 64, 2)"
+    lines = [line for line in done.stdout.splitlines() if "fork_posix.cc" not in line]
+    assert lines == [f"child {child}", "parent (64, 64, 2)"]
+
+
+def test_a_dropped_client_leaves_nothing(
+    client: Client, frames: tuple[np.ndarray, np.ndarray]
+) -> None:
+    url = address(client)
+    before = threading.active_count()
+    for _ in range(5):
+        Client(url).flow(*frames)
+    gc.collect()
+    wait_until(lambda: threading.active_count() <= before)
+
+
+def test_a_closed_client(client: Client, frames: tuple[np.ndarray, np.ndarray]) -> None:
+    client.flow(*frames)
+    client.close()
+    client.close()
+    for use in (lambda: client.flow(*frames), client.models, client.__enter__):
+        with pytest.raises(FlowError, match="is closed"):
+            use()
+
+    async def use_closed() -> None:
+        asynchronous = AsyncClient(address(client))
+        await asynchronous.close()
+        await asynchronous.flow(*frames)
+
+    with pytest.raises(FlowError, match="is closed"):
+        asyncio.run(use_closed())
+
+
+def test_closing_ends_the_calls_of_other_threads(frames: tuple[np.ndarray, np.ndarray]) -> None:
+    with Scripted(SLOW) as server, concurrent.futures.ThreadPoolExecutor() as threads:
+        client = Client(server.url)
+        call = threads.submit(client.flow, *frames)
+        wait_until(lambda: server.headers)
+        client.close()
+        with pytest.raises(FlowError, match="is closed"):
+            call.result(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # never closed
+def test_a_client_in_one_event_loop_after_another(
+    client: Client, frames: tuple[np.ndarray, np.ndarray]
+) -> None:
+    asynchronous = AsyncClient(address(client))
+    for _ in range(2):
+        asyncio.run(asynchronous.flow(*frames))
+    del asynchronous
+    gc.collect()
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    error = FlowError("urn:a", "what is wrong", "image1", unavailable=True)
+    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert vars(copied) == vars(error)
+        assert str(copied) == "what is wrong"
