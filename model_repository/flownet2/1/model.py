@@ -30,6 +30,9 @@ with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
     import triton_python_backend_utils as pb_utils
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
 class Output:
     """Zero-copy DLPack wrapper of a result that works around the stub's NumPy 1 ABI.
 
@@ -65,6 +68,7 @@ class TritonPythonModel:
         ``flownet2_golden_difference_px``.
         """
         guard(pb_utils.Tensor)
+        keep_freed_memory()
         name, version = arguments["model_name"], arguments["model_version"]
         folder = Path(arguments["model_repository"]) / version
         on_gpu = arguments["model_instance_kind"] == "GPU"
@@ -135,6 +139,17 @@ class TritonPythonModel:
                 [pb_utils.Tensor.from_dlpack(FLOW_OUTPUT, Output(part))]
             )
             first += len(image1)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library reuse freed memory of up to 128 MiB.
+
+    By default it returns arrays of the size of a flow to the system and gets their pages again, one
+    page fault each, for every request: 1.3 ms at 512x512.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest value that it accepts
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**27)
 
 
 def _joined(images: list[Images]) -> Images:
