@@ -33,10 +33,11 @@ from launch.triton import (
     Address,
     admin_key,
     check_repository,
-    failed_models,
+    engines,
     load,
     options,
     reload_when,
+    report,
     run,
 )
 
@@ -162,14 +163,15 @@ def serve(
         load([name for name in models if name not in failed], address, key)
         if failed:
             raise LaunchError(f"no engine for {', '.join(failed)}: served as before")
+        for line in engines(address):
+            _say(line)
         _say(f"loaded {', '.join(models)} again")
 
     @contextlib.contextmanager
     def start(stop: threading.Event) -> Iterator[Child]:
         with run(command, environment, address, _print, stop) as child:
             if not stop.is_set():
-                for model, why in failed_models(address, key).items():
-                    _say(f"warning: the model {model} is not served: {why}")
+                report(address, key, _say)
             yield child
 
     health = HealthCheck(address.host, address.http_port)

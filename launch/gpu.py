@@ -17,7 +17,7 @@ from launch.errors import LaunchError
 
 CUDA = 13  # the major version in requirements-gpu.txt
 REQUIREMENTS = Path(__file__).parent.parent / "requirements-gpu.txt"
-PACKAGES = Path(sys.prefix) / "gpu"
+PACKAGES = Path(os.environ.get("FLOWNET2_GPU_PACKAGES") or Path(sys.prefix) / "gpu")
 SIZE = "1.6 GB to download"
 
 

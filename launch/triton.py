@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flownet2.contract import MODEL_NAME
-from launch.check import answers_ok, open_directly, reason, url
+from launch.check import TIMEOUT_SECONDS, answers_ok, open_directly, reason, url
 from launch.child import Child, Echo
 from launch.errors import LaunchError
 from launch.ports import bracketed, free_ports, host_from_environment, port_from_environment
@@ -132,8 +132,8 @@ def serves(address: Address, model: str) -> bool:
     return answers_ok(address.host, address.http_port, f"/v2/models/{model}/ready")
 
 
-def failed_models(address: Address, key: str) -> dict[str, str]:
-    """Return the models that Triton could not load, each with the reason.
+def report(address: Address, key: str, say: Echo) -> None:
+    """Tell which models Triton could not load, and what runs the others.
 
     Raises:
         LaunchError: no model at all is loaded, or Triton does not answer.
@@ -146,7 +146,27 @@ def failed_models(address: Address, key: str) -> dict[str, str]:
     }
     if len(failed) == len(states):
         raise LaunchError(f"Triton could load no model: {_listed(failed)}")
-    return failed
+    for model, why in failed.items():
+        say(f"warning: the model {model} is not served: {why}")
+    for line in engines(address):
+        say(line)
+
+
+def engines(address: Address) -> list[str]:
+    """Return a line for each model that has checked itself against its golden pair."""
+    try:
+        with open_directly(address.metrics, timeout=TIMEOUT_SECONDS) as response:
+            metrics = response.read().decode()
+    except (OSError, http.client.HTTPException):  # a line of the log less
+        return []
+    lines = []
+    for labels, value in re.findall(r"^flownet2_golden_difference_px{(.*)} (\S+)$", metrics, re.M):
+        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        lines.append(
+            f"{label['model']}: {label['engine']} on {label['device']}, {label['precision']}; "
+            f"differs from the golden pair by {float(value):.4f} px"
+        )
+    return lines
 
 
 def check_repository(repository: Path) -> None:

@@ -26,10 +26,11 @@ from launch.triton import (
     Triton,
     admin_key,
     check_repository,
-    failed_models,
+    engines,
     load,
     local_address,
     options,
+    report,
     run,
 )
 
@@ -54,7 +55,7 @@ def serve(
         address: where it listens; free ports of 127.0.0.1 if None.
         gpu_packages: folder with the Python packages that a GPU needs; None hides the GPUs.
         echo: receives the server's log lines.
-        say: receives warnings.
+        say: receives warnings, and what runs each model.
         stop: when set, ends the wait for readiness early.
 
     Raises:
@@ -88,12 +89,13 @@ def serve(
         def reload() -> None:
             check_repository(repository)
             load(assemble(models, [repository.resolve()]), address, key)
+            for line in engines(address):
+                say(line)
 
         stop = stop or threading.Event()
         with run(command, server, address, echo, stop) as child:
             if not stop.is_set():
-                for model, why in failed_models(address, key).items():
-                    say(f"warning: the model {model} is not served: {why}")
+                report(address, key, say)
             yield Triton(address, child, reload)
 
 

@@ -1,4 +1,4 @@
-"""Builds an engine by TensorRT; its precision is that of the file's types, half for the blocks."""
+"""Builds the TensorRT engine of a model; its precision is that of the types in the ONNX file."""
 
 import contextlib
 import ctypes
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from export.engine.check import check_plan
 from export.engine.gpu import EngineError, find_gpu
 from export.engine.plans import plan_path, use_plan, write_plan
 from export.repository import HALF_MODEL, replacing
@@ -22,11 +23,11 @@ CORRELATION = ("Correlation", "1", "flownet2")  # name, version and namespace of
 
 SINGLE_EDGE = 2048
 LEAST = (1, MINIMUM_SIDE, MINIMUM_SIDE)
-# Smallest, best and largest (batch, height, width): batches of small images, which are all that
-# Triton makes (plugins/triton_batching.cpp), and single images up to 2048x2048, which 1080p fits
-# either way. A profile bounds edges, and TensorRT plans memory for its largest size.
-# Triton takes the profile whose best size is nearest, and compares each axis with the one before
-# it; these two lie so far apart that small images go to the first even so. Others fit one alone.
+# Smallest, best and largest (batch, height, width). The first profile is for batches of small
+# images, the only ones that plugins/triton_batching.cpp allows, the second for single images up to
+# 2048x2048, such as 1080p upright. A profile bounds edges; TensorRT plans memory for its largest
+# size. Triton takes the profile whose best size is nearest, but compares each axis with the one
+# before. These two are so far apart that small images go to the first nevertheless.
 PROFILES = (
     (LEAST, (MAX_BATCH_SIZE // 2, *GRID), (MAX_BATCH_SIZE, BATCH_EDGE, BATCH_EDGE)),
     (LEAST, (1, 1080, 1920), (1, SINGLE_EDGE, SINGLE_EDGE)),
@@ -36,13 +37,15 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(repository: Path, name: str) -> Path:
-    """Make ``<repository>/<name>/1/model.plan`` an engine that fits; build it if need be.
+    """Make ``<repository>/<name>/1/model.plan`` an engine that fits this GPU; build it if needed.
+
+    An engine is linked to only after it has reproduced the golden pair.
 
     Returns:
-        The plan, to which ``model.plan`` is a link.
+        The plan that ``model.plan`` links to.
 
     Raises:
-        EngineError
+        EngineError: there is no GPU or TensorRT, the build fails, or the engine's flow is wrong.
     """
     folder = repository / name / "1"
     model = folder / HALF_MODEL
@@ -53,32 +56,47 @@ def build_engine(repository: Path, name: str) -> Path:
     plugin = load_plugin(trt, PLUGIN)
     log = trt_logger(trt)
     plan = plan_path(folder, gpu, trt.__version__, (plugin, model, Path(__file__)))
-    if plan.is_file():
-        if start(trt.Runtime, log).deserialize_cuda_engine(plan.read_bytes()):
-            logger.info("%s fits %s and TensorRT %s", plan, gpu.name, trt.__version__)
-            use_plan(plan)
-            return plan
-        logger.warning("%s does not load and is built anew", plan)
-    if os.environ.get("BUILD_ENGINES") == "0":  # where a job builds them for all
-        raise EngineError(f"no engine in {folder} fits, and BUILD_ENGINES=0 lets none be built")
-    logger.info("building %s for %s with TensorRT %s", plan, gpu.name, trt.__version__)
+    runtime = start(trt.Runtime, log)
+    engine = runtime.deserialize_cuda_engine(plan.read_bytes()) if plan.is_file() else None
+    if engine:
+        logger.info("%s fits %s and TensorRT %s", plan, gpu.name, trt.__version__)
+    else:
+        if plan.is_file():
+            logger.warning("%s does not load and is built again", plan)
+        if os.environ.get("BUILD_ENGINES") == "0":  # a job builds them for all pods
+            raise EngineError(f"no engine in {folder} fits, and BUILD_ENGINES=0 forbids a build")
+        build_plan(trt, log, model, plan)
+        engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+        if not engine:
+            raise EngineError(f"TensorRT does not load the engine that it has built: {log.cause}")
+    difference = check_plan(engine, folder)
+    logger.info("%s: its flow of the golden pair differs by %.4f px", plan.name, difference)
+    use_plan(plan)
+    return plan
+
+
+def build_plan(trt: Any, log: Any, model: Path, plan: Path) -> None:
+    """Build the engine of an ONNX file.
+
+    Raises:
+        EngineError: TensorRT cannot build it, or it cannot be written.
+    """
+    logger.info("building %s with TensorRT %s", plan, trt.__version__)
     started = time.monotonic()
     builder = start(trt.Builder, log)
     network = parse(trt, builder, model, log)
     check_plugin_is_used(network)
     config = configure(trt, builder)
-    with timings_kept(config, folder / "timing.cache"):
+    with timings_kept(config, plan.with_name("timing.cache")):
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise EngineError(f"TensorRT did not build the engine: {log.cause}")
     write_plan(plan, serialized)
-    use_plan(plan)
     logger.info("built %s in %.0f s", plan, time.monotonic() - started)
-    return plan
 
 
 def import_tensorrt() -> ModuleType:
-    """TensorRT's Python package.
+    """Import TensorRT's Python package.
 
     Raises:
         EngineError: it cannot be imported.
@@ -93,7 +111,7 @@ def import_tensorrt() -> ModuleType:
 
 
 def load_plugin(trt: Any, library: str) -> Path:
-    """Load the plugin library, which registers the plugin; returns its file.
+    """Load the plugin library, which registers the plugin, and return its file.
 
     Raises:
         EngineError: it does not load, or registers another plugin.
@@ -103,8 +121,8 @@ def load_plugin(trt: Any, library: str) -> Path:
     except OSError as error:
         raise EngineError(f"the plugin {library} does not load: {error}") from None
     if trt.get_plugin_registry().get_creator(*CORRELATION) is None:
-        raise EngineError(f"{library} registers no plugin {CORRELATION[0]}: build plugins/ anew")
-    # The loader may have found it anywhere; what is mapped into this process says where.
+        raise EngineError(f"{library} registers no plugin {CORRELATION[0]}: build plugins/ again")
+    # The loader searches many folders; the list of mapped files shows which one it was.
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         file = Path(line.split(maxsplit=5)[-1])
         if file.name == Path(library).resolve().name:
@@ -113,10 +131,10 @@ def load_plugin(trt: Any, library: str) -> Path:
 
 
 def start(part: Any, log: Any) -> Any:
-    """TensorRT's builder or runtime.
+    """Create TensorRT's builder or runtime.
 
     Raises:
-        EngineError: it does not take this GPU and driver.
+        EngineError: it does not support this GPU or driver.
     """
     try:
         return part(log)
@@ -125,10 +143,10 @@ def start(part: Any, log: Any) -> Any:
 
 
 def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:
-    """The network of an ONNX file, its layers' types those of the file.
+    """Parse an ONNX file into a network whose layers have the types of the file.
 
     Raises:
-        EngineError: it is no ONNX file, or TensorRT's parser does not take it.
+        EngineError: it is not an ONNX file, or TensorRT does not support it.
     """
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -139,20 +157,20 @@ def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:
 
 
 def check_plugin_is_used(network: Any) -> None:
-    """Make sure that the correlation did not become its function's many standard layers.
+    """Make sure that TensorRT uses the plugin and not the correlation's function body.
 
     Raises:
-        EngineError: it did.
+        EngineError: it uses the body.
     """
     names = (network.get_layer(i).name for i in range(network.num_layers))
     if any(name.startswith(f"{CORRELATION[0]}/") for name in names):  # as export.graph names them
         raise EngineError(
-            "TensorRT took the correlation's function body, not the plugin. Export the model again"
+            "TensorRT uses the correlation's function body, not the plugin. Export the model again"
         )
 
 
 def configure(trt: Any, builder: Any) -> Any:
-    """Settings of the build: profiles, and progress in the log."""
+    """Create the builder configuration: optimisation profiles and a progress monitor."""
     config = builder.create_builder_config()
     for sizes in PROFILES:
         profile = builder.create_optimization_profile()
@@ -165,13 +183,13 @@ def configure(trt: Any, builder: Any) -> Any:
 
 @contextlib.contextmanager
 def timings_kept(config: Any, file: Path) -> Iterator[None]:
-    """Start from the measurements of earlier builds, if they are of this GPU and TensorRT.
+    """Reuse the timings of earlier builds on this GPU and TensorRT, and keep new ones.
 
-    What is measured meanwhile is kept, of a build that fails too: the next one is shorter then.
+    Timings of a build that fails are kept too, so that the next one is shorter.
     """
     measured = file.read_bytes() if file.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(measured), ignore_mismatch=False):
-        logger.info("%s is of another GPU or TensorRT: measuring anew", file)
+        logger.info("%s is of another GPU or TensorRT: measuring again", file)
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     try:
         yield
@@ -180,11 +198,11 @@ def timings_kept(config: Any, file: Path) -> Iterator[None]:
             with replacing(file) as new:
                 new.write_bytes(config.get_timing_cache().serialize())
         except OSError as error:
-            logger.warning("the next build measures anew: %s", error)
+            logger.warning("the next build measures again: %s", error)
 
 
 def trt_logger(trt: Any) -> Any:
-    """A logger for TensorRT that passes messages on to ours and keeps the first error."""
+    """Create a logger for TensorRT that forwards messages to ours and keeps the first error."""
 
     class Forwarding(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -194,7 +212,7 @@ def trt_logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                if not self.failed:  # those that follow are consequences
+                if not self.failed:  # later errors are consequences
                     self.cause, self.failed = " ".join(message.split()), True
                 logger.error("TensorRT: %s", message)
             elif severity == trt.ILogger.Severity.WARNING:
@@ -204,7 +222,7 @@ def trt_logger(trt: Any) -> Any:
 
 
 def progress_monitor(trt: Any, interval: float = 10.0) -> Any:
-    """Logs how far the build is, at most every `interval` seconds."""
+    """Create a monitor that logs the progress of the build, at most every `interval` seconds."""
 
     class Progress(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

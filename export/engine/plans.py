@@ -1,8 +1,8 @@
-"""Plans, the files of engines, beside a model's network.
+"""Plan files, TensorRT's serialised engines, beside a model's network.
 
-A plan fits one GPU type, one TensorRT, one plugin and one network, so its name has a hash of all
-that it was built from: plans for several GPU types may share a volume. ``model.plan`` is a link to
-the one in use.
+A plan fits one GPU type, one TensorRT, one plugin and one network. Its name has a hash of all of
+them, so that plans for several GPU types can share a volume. ``model.plan`` is a link to the one in
+use.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ LINK = "model.plan"
 
 
 def plan_path(folder: Path, gpu: Gpu, tensorrt_version: str, built_from: Iterable[Path]) -> Path:
-    """Where the plan for these lies, such as ``NVIDIA-L4-0123456789abcdef.plan`` in `folder`."""
+    """Return the plan's path, such as ``NVIDIA-L4-0123456789abcdef.plan`` in `folder`."""
     origin = hashlib.sha256(f"{gpu} {tensorrt_version}".encode())
     for path in built_from:
         with path.open("rb") as file:
@@ -29,10 +29,10 @@ def plan_path(folder: Path, gpu: Gpu, tensorrt_version: str, built_from: Iterabl
 
 
 def write_plan(plan: Path, content: Any) -> None:
-    """Write a plan whole, after removing old ones.
+    """Write a plan atomically, after removing old ones.
 
     Raises:
-        EngineError: the folder does not take it.
+        EngineError: the folder is not writable, or the disk is full.
     """
     try:
         for old in _used_last(plan.parent)[KEPT_PLANS - 1 :]:
@@ -48,12 +48,12 @@ def use_plan(plan: Path) -> None:
     """Make ``model.plan`` a link to a plan beside it.
 
     Raises:
-        EngineError: the folder does not take it.
+        EngineError: the folder is not writable.
     """
     try:
         plan.touch()
         with replacing(plan.with_name(LINK)) as new:
-            new.unlink(missing_ok=True)  # of a process that was killed
+            new.unlink(missing_ok=True)  # left by a killed process
             new.symlink_to(plan.name)
     except OSError as error:
         raise EngineError(f"the engine cannot be linked: {error}") from None

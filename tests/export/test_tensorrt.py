@@ -357,7 +357,7 @@ def test_measurements_are_kept_of_builds_that_fail_too(
         assert config.measured == b""
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
-    assert "the next build measures anew: " in warning.getMessage()
+    assert "the next build measures again: " in warning.getMessage()
 
 
 # A driver as export/engine/gpu.py asks it, of a GPU that the environment describes.
@@ -394,7 +394,7 @@ def command(repository: Path, **environment: str) -> subprocess.CompletedProcess
         ({"FAKE_CAPABILITY": "70"}, "NVIDIA Fake has compute capability 7.0, and 7.5 is needed"),
         (
             {"FAKE_DRIVER": "12090"},
-            "the driver of NVIDIA Fake is for CUDA 12, and CUDA 13",
+            "the driver of NVIDIA Fake supports CUDA 12, and CUDA 13",
         ),
         ({"FAKE_STATUS": "100"}, "no GPU: the CUDA driver answers with error 100"),
     ],
