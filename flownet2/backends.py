@@ -208,8 +208,8 @@ class Triton:
         if _grpc_pid not in (None, os.getpid()):
             raise FlowError(
                 PROBLEM + "forked",
-                f"{url} cannot be used in a process that was forked after its parent had used "
-                "gRPC: start processes with 'spawn', use the client in them alone, or use http://",
+                "gRPC was used before this process was forked and does not work in it: start "
+                "processes with 'spawn', make the first call after the fork, or use http://",
             )
         _grpc_pid = os.getpid()
         self._messages = service_pb2

@@ -143,19 +143,26 @@ class AsyncClient:
     async def model(self) -> Model:
         """Describe the model that this client uses.
 
+        A server that has loaded no model at all, as while it restarts, counts as unavailable.
+
         Raises:
             FlowError: no server answers, or the one that does has not loaded the model.
         """
-        models = await self.models()
+        async with self._deadline() as deadline:
+            return await self._request(self._own_model, deadline)
+
+    async def _own_model(self, backend: Backend, timeout: float) -> Model:
+        models = await backend.models(timeout)
         for model in models:
             if model.name == self._model or (self._model is None and model.default):
                 return model
-        raise FlowError(
+        error = FlowError(
             PROBLEM + "unknown-model",
-            f"{', '.join(self.urls)} serves no model {self._model or MODEL_NAME}; there are "
+            f"{', '.join(self.urls)} serves no model {self._model or MODEL_NAME}; it serves "
             f"{', '.join(model.name for model in models) or 'none'}",
             "model",
         )
+        raise error if models else Unavailable(error)
 
     @contextlib.asynccontextmanager
     async def _deadline(self) -> AsyncIterator[float]:

@@ -1,4 +1,4 @@
-"""Which server a command asks; from a checkout, one that it starts for itself."""
+"""The server that a command uses; in a checkout, a command can start its own."""
 
 import contextlib
 import os
@@ -16,26 +16,33 @@ from flownet2.processes import ending_with_parent
 
 CHECKOUT = Path(__file__).parent.parent
 START_SECONDS = 300.0
+"""Time limit for the start of a server."""
+WAIT_SECONDS = 30.0
+"""Time limit for a named server that does not answer, as while it restarts."""
 
 
 class NoServer(Error):
-    """There is no server, and none can be started; the message says what to do."""
+    """No server answers, and none can be started."""
 
 
 @contextlib.contextmanager
 def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
-    """The URL of a server that answers, for as long as the block runs.
+    """Yield the URL of a server that answers; a server that was started ends with the context.
 
     Args:
-        named: URLs; else `FLOWNET2_URL`; else the default, or one that is started here.
-        say: gets a line when one is started.
+        named: URLs, separated by commas. Default: `FLOWNET2_URL`, else the default server, else a
+            server that is started here.
+        say: gets a line when there is something to wait for.
 
     Raises:
         NoServer: nothing answers.
-        FlowError: something answers, but lists no models.
+        FlowError: a URL is invalid, or something other than a server answers.
     """
     url = named or os.environ.get("FLOWNET2_URL")
-    reason = _reason(url or DEFAULT_SERVER)
+    reason = _reason(url or DEFAULT_SERVER, patience=0)
+    if reason is not None and url:
+        say(f"{reason}: waiting up to {WAIT_SECONDS:g} s for it")
+        reason = _reason(url, patience=WAIT_SECONDS)
     if reason is None:
         yield url or DEFAULT_SERVER
     elif url:
@@ -51,14 +58,14 @@ def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
 
 
 def is_checkout() -> bool:
-    """Whether the project's own folders are there, from which a server can be started."""
+    """Return True in a checkout of the project, from which a server can be started."""
     return (CHECKOUT / "pyproject.toml").exists()
 
 
-def _reason(url: str) -> str | None:
-    """Why nothing answers at a URL; None where something does."""
+def _reason(url: str, patience: float) -> str | None:
+    """Return why nothing answers at a URL within `patience` seconds, or None."""
     try:
-        with Client(url, patience=0) as client:
+        with Client(url, patience=patience) as client:
             client.models()
     except FlowError as error:
         if error.type != UNREACHABLE:
@@ -73,7 +80,8 @@ def _started(say: Callable[[str], None]) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
         ports = {
-            name: str(one.getsockname()[1]) for name, one in zip(names, listeners, strict=True)
+            name: str(listener.getsockname()[1])
+            for name, listener in zip(names, listeners, strict=True)
         }
     url = f"http://127.0.0.1:{ports['PORT']}"
     say("no server answers: starting one for this command")
@@ -88,7 +96,7 @@ def _started(say: Callable[[str], None]) -> Iterator[str]:
         )
         try:
             deadline = time.monotonic() + START_SECONDS
-            while _reason(url) is not None:
+            while _reason(url, patience=0) is not None:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     lines = [line.strip() for line in log if "error:" in line] or [

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flownet2 import AsyncClient, Client, FlowError
+from flownet2 import AsyncClient, Client, FlowError, service
 from flownet2.client import Direction
 from flownet2.measures import occluded
 from launch import triton
@@ -141,7 +141,10 @@ class Scripted:
     """An HTTP server that gives prepared answers, the last one again and again."""
 
     def __init__(
-        self, *answers: tuple[int, dict[str, str], bytes] | None, host: str = "127.0.0.1"
+        self,
+        *answers: tuple[int, dict[str, str], bytes] | None,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.headers: list[dict[str, str]] = []
         script = list(answers)
@@ -149,8 +152,11 @@ class Scripted:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                outer.headers.append(dict(self.headers))
                 self.rfile.read(int(self.headers["Content-Length"]))
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                outer.headers.append(dict(self.headers))
                 answer = script.pop(0) if len(script) > 1 else script[0]
                 if answer is None:  # dies in the middle
                     self.close_connection = True
@@ -173,7 +179,7 @@ class Scripted:
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         self.ended = threading.Event()
-        self.server = Server((host, 0), Handler)
+        self.server = Server((host, port), Handler)
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self.server.server_port}"
 
@@ -311,6 +317,34 @@ def test_reduced_images(client: Client) -> None:
     flow = client.flow(*images, max_edge=64).flow
     np.testing.assert_array_equal(flow, closed_form(*small))
     assert client.flow(*images, max_edge=160).flow.shape == (80, 160, 2)
+
+
+def test_a_named_server_that_starts_late_is_waited_for() -> None:
+    port = free_port()
+    models = (200, {}, b'{"models": []}')
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+
+        def say(line: str) -> None:
+            said.append(line)
+            stack.enter_context(Scripted(models, port=port))
+
+        url = f"http://127.0.0.1:{port}"
+        assert stack.enter_context(service.server(url, say)) == url
+    assert len(said) == 1
+
+
+def test_a_server_without_models_is_asked_again() -> None:
+    def models(*names: str) -> tuple[int, dict[str, str], bytes]:
+        listed = [{"name": name, "default": True} for name in names]
+        return 200, {}, json.dumps({"models": listed}).encode()
+
+    with Scripted(models(), models("flownet2")) as server, Client(server.url) as client:
+        assert client.model().name == "flownet2"
+    with Scripted(models("other")) as server, Client(server.url, model="flownet2") as client:
+        with pytest.raises(FlowError, match="it serves other") as caught:
+            client.model()
+        assert not caught.value.unavailable
 
 
 def test_the_model_of_a_client(client: Client) -> None:

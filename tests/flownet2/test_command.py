@@ -39,6 +39,7 @@ def test_pair_says_what_is_wrong_in_a_line(tmp_path: Path, gateway: Gateway) -> 
 def test_without_a_server_it_says_what_to_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(service, "WAIT_SECONDS", 0.0)
     monkeypatch.setenv("FLOWNET2_URL", "http://127.0.0.1:9")
     assert "--server" in fail("models")
     assert "is not a server" in fail("models", server="127.0.0.1:5003")
