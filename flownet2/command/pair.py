@@ -10,6 +10,7 @@ from flownet2 import service
 from flownet2.client import Client
 from flownet2.command.options import FormatName, ModelName, Server
 from flownet2.command.terminal import say
+from flownet2.contract import MINIMUM_SIDE
 from flownet2.formats import named_format, write_flow
 
 
@@ -20,6 +21,13 @@ def pair(
         Path, typer.Option("--output", "-o", help="The file to write: .flo .npy .npz .pfm .png")
     ],
     format: FormatName = None,
+    max_edge: Annotated[
+        int | None,
+        typer.Option(
+            min=MINIMUM_SIDE,
+            help="Reduce images to this longer edge, in pixels; the flow has that size.",
+        ),
+    ] = None,
     server: Server = None,
     model: ModelName = None,
 ) -> None:
@@ -29,7 +37,7 @@ def pair(
     """
     named_format(output.suffix, format)
     with service.server(server, say) as url, Client(url, model=model) as client:
-        flow = client.flow(first, second).flow
+        flow = client.flow(first, second, max_edge=max_edge).flow
     write_flow(output, flow, format)
     lengths = np.hypot(flow[..., 0], flow[..., 1])
     height, width = lengths.shape

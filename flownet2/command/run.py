@@ -102,7 +102,10 @@ def run(
         )
 
         async def work() -> runs.Totals:
-            async with AsyncClient(url, model=model, patience=runs.PATIENCE_SECONDS) as client:
+            patience = runs.PATIENCE_SECONDS
+            async with AsyncClient(
+                url, model=model, timeout=2 * patience, patience=patience
+            ) as client:
                 return await runs.run(found, output, client, plan, bar)
 
         try:

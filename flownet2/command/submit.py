@@ -47,7 +47,10 @@ def submit(
         bar.begin(dataset, len(pairs))
 
         async def work() -> None:
-            async with AsyncClient(url, model=model, patience=PATIENCE_SECONDS) as client:
+            patience = PATIENCE_SECONDS
+            async with AsyncClient(
+                url, model=model, timeout=2 * patience, patience=patience
+            ) as client:
                 await submissions.compute(pairs, output, client, jobs, bar.advance, bar.say)
 
         try:

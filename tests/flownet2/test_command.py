@@ -27,6 +27,13 @@ def test_pair(tmp_path: Path, gateway: Gateway, output: str) -> None:
     assert f"{lengths.max():.2f}" in said
 
 
+def test_pair_of_reduced_images(tmp_path: Path, gateway: Gateway) -> None:
+    write_images(tmp_path / "a.png", tmp_path / "b.png")
+    files = (tmp_path / "a.png", tmp_path / "b.png", "-o", tmp_path / "flow.flo")
+    assert "flow.flo: 32x" in succeed("pair", *files, server=gateway.url, max_edge=32)
+    assert read_flow(tmp_path / "flow.flo").shape[1] == 32
+
+
 def test_pair_says_what_is_wrong_in_a_line(tmp_path: Path, gateway: Gateway) -> None:
     write_images(tmp_path / "a.png")
     arguments = ("pair", tmp_path / "a.png", tmp_path / "missing.png", "-o")
