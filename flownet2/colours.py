@@ -81,3 +81,31 @@ def _circle() -> npt.NDArray[np.float32]:
     ]
     circle: npt.NDArray[np.float32] = np.concatenate(parts) / np.float32(255)
     return circle
+
+
+# Upper ends of the colours of errors, as multiples of 3 pixels or of 5 % of the true length,
+# whichever is larger, and the colours: KITTI's development kit. Beyond 1 the flow is wrong.
+ERROR_BOUNDS = tuple(2.0**power for power in range(-4, 5))
+ERROR_COLOURS = np.array(
+    [
+        (49, 54, 149), (69, 117, 180), (116, 173, 209), (171, 217, 233), (224, 243, 248),
+        (254, 224, 144), (253, 174, 97), (244, 109, 67), (215, 48, 39), (165, 0, 38),
+    ],
+    np.uint8,
+)  # fmt: skip
+
+
+def error_colours(flow: Flow, truth: Flow) -> npt.NDArray[np.uint8]:
+    """Return the end-point errors in KITTI's colours, uint8 RGB `[height, width, 3]`.
+
+    Blue is right and red wrong by KITTI's rule (`flownet2.measures.fl`). Pixels without ground
+    truth are black. Pixels without a prediction have the colour of the largest errors.
+    """
+    error = np.hypot(flow[..., 0] - truth[..., 0], flow[..., 1] - truth[..., 1])
+    length = np.hypot(truth[..., 0], truth[..., 1])
+    level = error / np.maximum(np.float32(3), np.float32(0.05) * length)
+    picture: npt.NDArray[np.uint8] = ERROR_COLOURS[
+        np.searchsorted(ERROR_BOUNDS, np.nan_to_num(level, nan=np.inf))
+    ]
+    picture[~np.isfinite(truth).all(axis=2)] = 0
+    return picture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flownet2 import read_flow, write_flow
+from flownet2 import read_flow, video, write_flow
 from flownet2.colours import colours
 from flownet2.measures import warp
 from tests.support.command import fail, flownet2, succeed
@@ -49,6 +49,122 @@ def test_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(warped - warp(np.asarray(second), flow)).max() <= 0.5
     arrows = view(**{"as": "arrows"})
     assert (arrows != 255).any()
+
+
+def test_view_overlay_tints_the_first_frame(tmp_path: Path) -> None:
+    (image,) = write_images(tmp_path / "a.png")
+    flow = constant(0, 0)
+    flow[:, 40:] = (8, 0)
+    write_flow(tmp_path / "a.flo", flow)
+    arguments = ("view", tmp_path / "a.flo", "--overlay", "-o", tmp_path / "o.png")
+    assert "--image" in flownet2(*arguments).stderr
+    succeed(*arguments, image=tmp_path / "a.png")
+    drawn = np.asarray(Image.open(tmp_path / "o.png"))[:HEIGHT, :WIDTH].astype(int)
+    grey = np.asarray(image.convert("L")).astype(int)
+    assert (drawn[:, :40] == grey[:, :40, None]).all()  # no motion is white
+    expected = grey[:, 40:, None] * colours(flow)[:, 40:] // 255
+    np.testing.assert_array_equal(drawn[:, 40:], expected)
+
+
+def test_view_errors_in_kittis_colours(tmp_path: Path) -> None:
+    truth = constant(200, 0)  # 5 % of it are 10 px
+    truth[:8] = (0, 3)
+    truth[8] = np.nan
+    flow = truth + np.float32([0, 1])  # 1/3 of 3 px, 1/10 of 10 px
+    flow[:4] = (0, 10)  # 7/3 of 3 px
+    flow[9] = np.nan
+    flow[10] = (0, 0)  # 20 times 10 px
+    flow[8] = (1, 1)
+    write_flow(tmp_path / "a.flo", flow)
+    write_flow(tmp_path / "gt.flo", truth)
+    succeed("view", tmp_path / "a.flo", truth=tmp_path / "gt.flo", output=tmp_path / "o.png")
+    drawn = np.asarray(Image.open(tmp_path / "o.png"))[:HEIGHT, :WIDTH]
+    for rows, colour in (
+        (slice(0, 4), (253, 174, 97)),
+        (slice(4, 8), (171, 217, 233)),
+        (slice(8, 9), (0, 0, 0)),
+        (slice(9, 11), (165, 0, 38)),
+        (slice(11, HEIGHT), (69, 117, 180)),
+    ):
+        assert (drawn[rows] == colour).all(), rows
+
+
+def write_flows(folder: Path, *names: str) -> list[np.ndarray]:
+    """Write flows of 1, 2, … pixels to the right."""
+    flows = [constant(number, 0) for number in range(1, len(names) + 1)]
+    for name, flow in zip(names, flows, strict=True):
+        write_flow(folder / name, flow)
+    return flows
+
+
+def test_view_a_folder(tmp_path: Path) -> None:
+    flows = write_flows(tmp_path / "flows", "1.flo", "2.flo", "10.flo")
+    succeed("view", tmp_path / "flows", output=tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for flow in flows:  # each in its colour, of one scale
+        assert (sheet == colours(flow, 3)[0, 0]).all(axis=2).sum() >= HEIGHT * WIDTH
+    succeed("view", tmp_path / "flows", index=2, output=tmp_path / "one.png")
+    one = np.asarray(Image.open(tmp_path / "one.png"))[:HEIGHT, :WIDTH]
+    np.testing.assert_array_equal(one, colours(flows[2]))
+    assert "from 0 to 2" in fail("view", tmp_path / "flows", index=3)
+    (tmp_path / "empty").mkdir()
+    assert "no flow files" in fail("view", tmp_path / "empty")
+
+
+def test_convert_a_folder_to_pictures_of_one_scale(tmp_path: Path) -> None:
+    source = tmp_path / "flows"
+    flows = write_flows(source, "a/1.flo", "a/2.npy", "b/1.pfm")
+    write_flow(source / "b/kitti.png", flows[2], "kitti")
+    (source / "._a.flo").write_bytes(b"hidden")
+    (source / "notes.txt").write_text("not a flow")
+    Image.new("RGB", (8, 8)).save(source / "picture.png")
+    assert "4 flows" in succeed("convert", source, tmp_path / "out", format="png")
+    pictures = {
+        path.relative_to(tmp_path / "out").as_posix(): np.asarray(Image.open(path))
+        for path in (tmp_path / "out").rglob("*.png")
+    }
+    expected = {"a/1.png": 0, "a/2.png": 1, "b/1.png": 2, "b/kitti.png": 2}
+    assert pictures.keys() == expected.keys()
+    for name, index in expected.items():
+        np.testing.assert_array_equal(pictures[name], colours(flows[index], 3))
+    succeed("convert", source / "a/1.flo", tmp_path / "one.png", max_flow=5)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "one.png")), colours(flows[0], 5)
+    )
+
+
+def test_convert_a_pattern_to_a_video_and_to_another_format(tmp_path: Path) -> None:
+    write_flows(tmp_path, "1.flo", "2.flo", "10.flo", "other.npy")
+    succeed("convert", tmp_path / "*.flo", tmp_path / "out", format="npz")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "1.npz",
+        "10.npz",
+        "2.npz",
+    ]
+    succeed("convert", tmp_path / "*.flo", tmp_path / "flows.mp4", max_flow=4)
+    shown = [frame.pixels() for frame in video.frames(str(tmp_path / "flows.mp4"))]
+    assert len(shown) == 3
+    for number, frame in enumerate(shown, 1):  # in the order of the numbers
+        expected = colours(constant(number, 0), 4)
+        assert np.abs(frame.astype(int) - expected).mean() < 4
+    write_flow(tmp_path / "3.flo", constant(1, 1)[1:])
+    assert "3.flo has not the size" in fail("convert", tmp_path / "*.flo", tmp_path / "b.mp4")
+    assert not list(tmp_path.glob("*b.mp4*"))
+
+
+def test_convert_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    write_flows(tmp_path / "a", "1.flo", "1.npy")
+    out = tmp_path / "out"
+    for arguments in ((tmp_path / "a",), (tmp_path / "a", out)):
+        assert flownet2("convert", *arguments).returncode == 2
+    assert "1.flo and" in fail("convert", tmp_path / "a", out, format="pfm")
+    assert "missing.flo" in fail("convert", tmp_path / "missing.flo", tmp_path / "b.flo")
+    assert "no flow files" in fail("convert", tmp_path / "*.pfm", out, format="flo")
+    write_flow(tmp_path / "far/1.flo", constant(900, 0))
+    said = fail("convert", tmp_path / "far", out, format="kitti")
+    assert "1.flo" in said
+    assert "100.00%" in said
+    assert not out.exists()
 
 
 def figures(printed: str) -> dict[str, list[str]]:
