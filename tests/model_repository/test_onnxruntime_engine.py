@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from export.served import onnxruntime_engine
-from export.served.onnxruntime_engine import OnnxRuntimeEngine, batches
+from export.served.onnxruntime_engine import DIMENSIONS, OnnxRuntimeEngine, batches
 from tests.support.pairs import end_point_error, expected, pair
 
 CPU = "CPUExecutionProvider"
@@ -29,6 +30,28 @@ def test_batches_are_powers_of_two_of_small_images(
     parts = list(batches(shape))
     assert [part.stop - part.start for part in parts] == sizes
     assert [part.start for part in parts] == [sum(sizes[:n]) for n in range(len(sizes))]
+
+
+# What ONNX Runtime 1.32 has CUDA kernels for in the types of our graphs (its OperatorKernels.md).
+ON_CUDA = {
+    *("Add", "And", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Gather", "GreaterOrEqual"),
+    *("GridSample", "LeakyRelu", "Less", "MatMul", "Mul", "Pad", "ReduceL2", "Reshape", "Resize"),
+    *("Slice", "Sub", "Transpose", "Unsqueeze", "Where"),
+}
+
+
+def test_fixed_dimensions_leave_only_what_runs_on_cuda(onnx_file: Path, tmp_path: Path) -> None:
+    """A node that runs on the CPU would forbid a CUDA graph."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    for dimension, size in zip(DIMENSIONS, (2, 100, 200), strict=True):
+        options.add_free_dimension_override_by_name(dimension, size)
+    half = onnx_file.parent / "model_fp16.onnx"
+    onnxruntime.InferenceSession(half, options, providers=[CPU])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert len(nodes) > 300
+    assert {node.op_type for node in nodes} <= ON_CUDA
 
 
 def test_recurring_shapes_get_sessions_of_their_own_within_the_memory(

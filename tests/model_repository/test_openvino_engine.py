@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
+import psutil
 import pytest
 
 from export.served import openvino_engine
@@ -15,6 +16,7 @@ from export.served.bfloat16 import cast_to_bfloat16
 from export.served.openvino_engine import (
     OpenVinoEngine,
     available_cores,
+    available_memory,
     has_bfloat16,
     precisions,
 )
@@ -78,7 +80,8 @@ def test_narrow_images_run_in_float32(
 def test_flow_of_a_pair_is_the_same_after_its_plan_was_evicted(
     onnx_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_engine, "PLANNED_BYTES", 2 * onnx_file.stat().st_size)
+    memory = 2 * onnx_file.stat().st_size / openvino_engine.PLANNED_SHARE
+    monkeypatch.setattr(openvino_engine, "available_memory", lambda: memory)
     engine = OpenVinoEngine(onnx_file, precisions()[0])
     images = pair(100, 200)
     first = engine(*images)
@@ -197,3 +200,19 @@ def test_threads_follow_affinity_and_quota(
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 5})
     monkeypatch.setattr(Path, "read_text", read_text)
     assert available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("limit", "memory"), [("max\n", None), (f"{2**30}\n", 2**30), (None, None)]
+)
+def test_memory_is_that_of_the_container(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, memory: int | None
+) -> None:
+    def read_text(path: Path, **options: object) -> str:
+        assert str(path) == "/sys/fs/cgroup/memory.max"
+        if limit is None:
+            raise FileNotFoundError(path)
+        return limit
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_memory() == (memory or psutil.virtual_memory().total)

@@ -30,7 +30,7 @@ from .resampling import remove_idle_resampling
 # AMX to find it.
 BFLOAT16_WIDTH = 128
 
-PLANNED_BYTES = 2**32
+PLANNED_SHARE = 0.25  # of the memory
 PIXEL_BYTES = 400  # of features; 170 in the thin networks
 
 
@@ -55,7 +55,8 @@ class OpenVinoEngine:
         self.precision = precision
         self._path = path
         self._model = _read(path, precision)
-        self._planned = PlannedShapes(self._plan, self._memory, PLANNED_BYTES)
+        limit = int(PLANNED_SHARE * available_memory())
+        self._planned = PlannedShapes(self._plan, self._memory, limit)
 
     def __call__(self, image1: Images, image2: Images) -> Flow:
         """Compute the flow from ``image1`` to ``image2``, ``[N, H, W, 3]``.
@@ -100,6 +101,14 @@ def available_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         cores = min(cores, math.ceil(int(quota) / int(period)))  # ValueError: "max", no quota
     return max(cores, 1)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this process may use: the machine's, or its container's."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return memory
 
 
 def _read(path: Path, precision: str) -> openvino.Model:
