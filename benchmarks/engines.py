@@ -21,7 +21,8 @@ from benchmarks.report import milliseconds, table
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
-from export.served.openvino_engine import OpenVinoEngine, available_cores, has_bfloat16
+from export.served.machine import available_cores, has_bfloat16
+from export.served.openvino_engine import OpenVinoEngine
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
 from launch import wheel
 

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.served.openvino_engine import available_cores, has_bfloat16
+from export.served.machine import available_cores, has_bfloat16
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,18 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
-import psutil
 import pytest
 
 from export.served import openvino_engine
 from export.served.bfloat16 import cast_to_bfloat16
-from export.served.openvino_engine import (
-    OpenVinoEngine,
-    available_cores,
-    available_memory,
-    has_bfloat16,
-    precisions,
-)
+from export.served.machine import has_bfloat16
+from export.served.openvino_engine import OpenVinoEngine, precisions
 from tests.support.exported import Exported
 from tests.support.pairs import end_point_error, expected, pair
 
@@ -175,44 +169,3 @@ def test_bfloat16_is_preferred_if_the_cpu_has_it(
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, **options: f"flags : fpu sse2 {flag}")
     assert precisions() == expected
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [
-        ("max 100000\n", 4),
-        ("200000 100000\n", 2),
-        ("150000 100000\n", 2),
-        ("10000 100000\n", 1),
-        ("900000 100000\n", 4),
-        (None, 4),
-    ],
-)
-def test_threads_follow_affinity_and_quota(
-    monkeypatch: pytest.MonkeyPatch, quota: str | None, cores: int
-) -> None:
-    def read_text(path: Path, **options: object) -> str:
-        assert str(path) == "/sys/fs/cgroup/cpu.max"
-        if quota is None:
-            raise FileNotFoundError(path)
-        return quota
-
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 5})
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert available_cores() == cores
-
-
-@pytest.mark.parametrize(
-    ("limit", "memory"), [("max\n", None), (f"{2**30}\n", 2**30), (None, None)]
-)
-def test_memory_is_that_of_the_container(
-    monkeypatch: pytest.MonkeyPatch, limit: str | None, memory: int | None
-) -> None:
-    def read_text(path: Path, **options: object) -> str:
-        assert str(path) == "/sys/fs/cgroup/memory.max"
-        if limit is None:
-            raise FileNotFoundError(path)
-        return limit
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert available_memory() == (memory or psutil.virtual_memory().total)

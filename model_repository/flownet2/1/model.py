@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, MINIMUM_SIDE  # noqa: E402
 
 from .engines import Flow, Golden, Images, candidates, first_that_is_right  # noqa: E402
-from .shapes import guard, is_possible  # noqa: E402
+from .stub_guard import guard, is_possible  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
     import triton_python_backend_utils as pb_utils
@@ -99,8 +99,8 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run a batch that Triton formed as one batch of the engine.
 
-        Triton joins only requests of one shape. A request whose two images differ in size, or are
-        too small, is answered with an error of its own; a cancelled one is not computed.
+        Triton batches only requests of one shape. A request whose images differ in size or are too
+        small gets an error response; a cancelled request is not computed.
         """
         responses: list[Any] = [None] * len(requests)
         accepted: list[tuple[int, Images, Images]] = []
@@ -126,7 +126,7 @@ class TritonPythonModel:
                 _joined([image1 for _, image1, _ in accepted]),
                 _joined([image2 for _, _, image2 in accepted]),
             )
-        except (RuntimeError, MemoryError) as error:  # such as no memory for images of that size
+        except (RuntimeError, MemoryError) as error:  # usually no memory for this size
             for index, _, _ in accepted:
                 responses[index] = _failure(
                     f"inference failed: {error}", pb_utils.TritonError.INTERNAL

@@ -5,9 +5,6 @@ repeats it). If the CPU multiplies bfloat16 in hardware, the wide convolutions r
 which halves the time. All that carries flow stays float32, see :func:`.bfloat16.cast_to_bfloat16`.
 """
 
-import contextlib
-import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from flownet2.contract import IMAGE_INPUTS, adapted
 
 from .bfloat16 import cast_to_bfloat16
 from .engines import Flow, Images
+from .machine import available_cores, available_memory, has_bfloat16
 from .planned import PlannedShapes, Shape
 from .resampling import remove_idle_resampling
 
@@ -86,29 +84,6 @@ class OpenVinoEngine:
 def precisions() -> list[str]:
     """Return the precisions that suit this CPU, by preference."""
     return ["bf16", "fp32"] if has_bfloat16() else ["fp32"]
-
-
-def has_bfloat16() -> bool:
-    """Return True if the CPU has bfloat16 arithmetic; without it OpenVINO would emulate it."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
-
-
-def available_cores() -> int:
-    """Count the cores that this process may use, by its affinity and its container's quota."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))  # ValueError: "max", no quota
-    return max(cores, 1)
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or its container's."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return memory
 
 
 def _read(path: Path, precision: str) -> openvino.Model:

@@ -1,8 +1,8 @@
-"""A guard for Triton's stub against requests whose shape no array can have.
+"""Protection of Triton's stub against requests whose shape no array can have.
 
-Triton counts a tensor's bytes in 64 bits, where ``[1, 2**62, 4, 3]`` has none, and lets it pass
-without content. Its Python stub then makes an array of that shape before the model is asked, and
-NumPy's refusal there is an exception that nobody catches: the process ends.
+Triton counts a tensor's bytes in 64 bits, so ``[1, 2**62, 4, 3]`` counts as empty and is accepted
+without content. Its Python stub creates an array of that shape before it calls the model; NumPy
+raises an exception that the stub does not catch, and the process crashes.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 LARGEST = 2**62
-"""Elements that an array has at most."""
+"""Largest number of elements of an array."""
 
 _ENTRIES = 300  # of NumPy's table of C functions: more than the stub reads
-_NEW_FROM_DESCR = 94  # that of `PyArray_NewFromDescr`, in NumPy 1 and 2
+_NEW_FROM_DESCR = 94  # index of `PyArray_NewFromDescr` in NumPy 1 and 2
 _NewFromDescr = ctypes.PYFUNCTYPE(
     ctypes.py_object,  # returns a new array
     ctypes.c_void_p,  # subtype
@@ -30,22 +30,22 @@ _NewFromDescr = ctypes.PYFUNCTYPE(
     ctypes.c_int,  # flags
     ctypes.c_void_p,  # obj
 )
-_kept: list[object] = []  # what the stub points to from now on
+_kept: list[object] = []  # what the stub has pointers to
 
 
 def is_possible(shape: Sequence[int]) -> bool:
-    """Whether an array can have this shape."""
+    """Return True if an array can have this shape."""
     return math.prod(shape) < LARGEST
 
 
 def guard(make_tensor: Callable[..., Any]) -> None:
-    """Have the stub make an empty array in place of an impossible one; the model sees the shape.
+    """Make the stub create an empty array for an impossible shape, which the model then rejects.
 
-    The stub looks NumPy's functions up where its first array is made: here, in a copy of NumPy's
-    table, after which the table is the old one for everybody else.
+    The stub looks up NumPy's C functions when it creates its first array. This function creates it
+    while a modified copy of NumPy's table is in place, and then restores the table.
 
     Args:
-        make_tensor: the stub's own `Tensor`.
+        make_tensor: the stub's `Tensor`.
     """
     api = ctypes.pythonapi
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
@@ -68,6 +68,6 @@ def guard(make_tensor: Callable[..., Any]) -> None:
     table[_NEW_FROM_DESCR] = ctypes.cast(callback, ctypes.c_void_p).value
     _kept.extend((table, callback))
     numpy._ARRAY_API = api.PyCapsule_New(ctypes.addressof(table), None, None)
-    with contextlib.suppress(TypeError):  # made for NumPy 1, it takes no array of NumPy 2
+    with contextlib.suppress(TypeError):  # a stub for NumPy 1 takes no array of NumPy 2
         make_tensor("first", np.zeros(1, np.uint8))
     numpy._ARRAY_API = original
