@@ -1,6 +1,6 @@
-"""Errors of the API, one class per cause. OpenAPI lists them from here.
+"""What can go wrong with a request: one class per cause, the one place to add one.
 
-Responses are problem details (RFC 9457): `type` never changes, `detail` is written for people.
+Responses are problem details (RFC 9457). `type` is stable; `detail` is for people.
 """
 
 from http import HTTPStatus
@@ -9,35 +9,33 @@ from typing import ClassVar
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from flownet2.errors import Error
-
 MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(BaseModel):
-    """Body of an error response (RFC 9457)."""
+    """An error, as RFC 9457 has it."""
 
     type: str = Field(description="stable name of the cause")
     title: str = Field(description="the cause in words")
     status: int = Field(description="HTTP status")
     detail: str = Field(description="what is wrong with this request, and what to change")
-    field: str | None = Field(None, description="field, parameter or header at fault")
+    field: str | None = Field(None, description="field, parameter or header that it is about")
     request_id: str = Field(description="the request's `X-Request-ID`")
 
 
-class GatewayError(Error):
-    """Base class of the API's errors. The docstring of a subclass is the title of its problem.
+class GatewayError(Exception):
+    """A request that fails. The title of a cause is the docstring of its class.
 
     Args:
-        detail: what is wrong and what to change, in a sentence or two.
-        field: the field, parameter or header at fault.
+        detail: what is wrong and what to change, a sentence or two.
+        field: the field, parameter or header that it is about.
         headers: headers of the response.
     """
 
     status: ClassVar[int]
     slug: ClassVar[str]
     of_flow: ClassVar[bool]
-    """True if the OpenAPI document declares the error for `/estimate_flow/`."""
+    """Whether the OpenAPI document declares it for `/estimate_flow/`."""
 
     def __init_subclass__(cls, *, status: int, slug: str, of_flow: bool = True) -> None:
         cls.status, cls.slug, cls.of_flow = status, slug, of_flow
@@ -52,7 +50,7 @@ class GatewayError(Error):
 
     @classmethod
     def problem(cls, detail: str, field: str | None, request_id: str) -> Problem:
-        """Return the body of the error's response."""
+        """The body of a response that tells this error."""
         return Problem(
             type=f"urn:problem-type:flownet2:{cls.slug}",
             title=(cls.__doc__ or "").rstrip("."),
@@ -63,7 +61,7 @@ class GatewayError(Error):
         )
 
     def response(self, request_id: str, retry_after_s: int) -> Response:
-        """Return the response, `application/problem+json`."""
+        """The response to the request, `application/problem+json`."""
         content = self.problem(self.detail, self.field, request_id)
         headers = dict(self.headers)
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -74,7 +72,7 @@ class GatewayError(Error):
 
 
 class BadRequest(GatewayError, status=400, slug="bad-request", of_flow=False):
-    """The request is not valid HTTP."""
+    """The request is not HTTP."""
 
 
 class BadJson(GatewayError, status=400, slug="bad-json"):
@@ -85,16 +83,12 @@ class BadMultipart(GatewayError, status=400, slug="bad-multipart"):
     """The body is not a multipart form."""
 
 
-class BadEncoding(GatewayError, status=400, slug="bad-encoding"):
-    """The compressed body is damaged."""
-
-
 class CorsRefused(GatewayError, status=400, slug="cors-refused", of_flow=False):
-    """The origin is not allowed."""
+    """Other origins' pages may not do this."""
 
 
 class Unauthorized(GatewayError, status=401, slug="unauthorized"):
-    """The API key is missing or wrong."""
+    """An API key is needed."""
 
 
 class NotFound(GatewayError, status=404, slug="not-found", of_flow=False):
@@ -102,15 +96,15 @@ class NotFound(GatewayError, status=404, slug="not-found", of_flow=False):
 
 
 class UnknownModel(GatewayError, status=404, slug="unknown-model"):
-    """The model is not loaded."""
+    """There is no such model."""
 
 
 class MethodNotAllowed(GatewayError, status=405, slug="method-not-allowed"):
-    """The path does not support this method."""
+    """The path does not take this method."""
 
 
 class NotAcceptable(GatewayError, status=406, slug="not-acceptable"):
-    """The response is available in no acceptable format."""
+    """No acceptable format."""
 
 
 class BodyTimeout(GatewayError, status=408, slug="body-timeout"):
@@ -118,7 +112,7 @@ class BodyTimeout(GatewayError, status=408, slug="body-timeout"):
 
 
 class BodyTooLarge(GatewayError, status=413, slug="body-too-large"):
-    """The body is too large."""
+    """The body is too long."""
 
 
 class ImageTooLarge(GatewayError, status=413, slug="image-too-large"):
@@ -126,15 +120,15 @@ class ImageTooLarge(GatewayError, status=413, slug="image-too-large"):
 
 
 class UnsupportedMediaType(GatewayError, status=415, slug="unsupported-media-type"):
-    """The type of the body is not supported."""
+    """Unsupported type of body."""
 
 
 class UnsupportedImageFormat(GatewayError, status=415, slug="unsupported-image-format"):
-    """The image format is not supported."""
+    """Unsupported image format."""
 
 
 class InvalidParameter(GatewayError, status=422, slug="invalid-parameter"):
-    """A parameter is invalid."""
+    """Invalid parameter."""
 
 
 class MissingField(GatewayError, status=422, slug="missing-field"):
@@ -154,7 +148,7 @@ class BadBase64(GatewayError, status=422, slug="bad-base64"):
 
 
 class NotAnImage(GatewayError, status=422, slug="not-an-image"):
-    """A field does not hold an image."""
+    """A field holds no image."""
 
 
 class DamagedImage(GatewayError, status=422, slug="damaged-image"):
@@ -162,7 +156,7 @@ class DamagedImage(GatewayError, status=422, slug="damaged-image"):
 
 
 class AnimatedImage(GatewayError, status=422, slug="animated-image"):
-    """An image file has several frames."""
+    """An image is animated."""
 
 
 class ImageTooSmall(GatewayError, status=422, slug="image-too-small"):
@@ -170,7 +164,7 @@ class ImageTooSmall(GatewayError, status=422, slug="image-too-small"):
 
 
 class SizesDiffer(GatewayError, status=422, slug="sizes-differ"):
-    """The images have different sizes."""
+    """The images differ in size."""
 
 
 class ClientGone(GatewayError, status=499, slug="client-gone", of_flow=False):
@@ -178,7 +172,7 @@ class ClientGone(GatewayError, status=499, slug="client-gone", of_flow=False):
 
 
 class InternalError(GatewayError, status=500, slug="internal-error"):
-    """The gateway failed because of a bug."""
+    """The gateway failed."""
 
 
 class ModelFailed(GatewayError, status=502, slug="model-failed"):
@@ -194,7 +188,7 @@ class QueueFull(GatewayError, status=503, slug="queue-full"):
 
 
 class InferenceUnavailable(GatewayError, status=503, slug="inference-unavailable"):
-    """No Triton serves the model."""
+    """The model is not served now."""
 
 
 class Stopping(GatewayError, status=503, slug="stopping", of_flow=False):

@@ -1,4 +1,4 @@
-"""Thread pool for CPU work: decoding, resizing, encoding."""
+"""Threads for what takes a processor: decoding, resizing, encoding."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Thread pool of one event loop."""
+    """A number of threads for one event loop."""
 
     def __init__(self, count: int) -> None:
         self._executor = ThreadPoolExecutor(count, thread_name_prefix="gateway")
@@ -19,10 +19,12 @@ class Threads:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread.
 
-        If this is cancelled, a call that has not begun is dropped. One that has begun is waited
-        for: a thread cannot be stopped, and its memory must stay counted.
+        Cancelled, it drops a call that has not begun, and waits for the end of one that has: a
+        thread cannot be stopped, and what it holds is to stay counted.
         """
-        async with self._free:  # keeps the executor's queue empty, which would hold dropped calls
+        async with (
+            self._free
+        ):  # so that the executor has no queue, which would keep what is dropped
             call = asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
             try:
                 return await asyncio.shield(call)
@@ -31,5 +33,5 @@ class Threads:
                 raise
 
     def close(self) -> None:
-        """Accept no more calls, without waiting for those that run."""
+        """Take no more calls, and wait for none."""
         self._executor.shutdown(wait=False)
