@@ -73,7 +73,7 @@ class PerfAnalyzer:
         return table(("perf_analyzer, concurrency", "pairs/s", "p50 ms", "p95 ms"), rows)
 
     def load(self, address: triton.Address, concurrency: int, rounds: int) -> dict[str, float]:
-        """Return the figures of one concurrency by perf_analyzer's names, rates in 1/s, times in us."""
+        """Return the figures of one concurrency by perf_analyzer's names (1/s and us)."""
         with tempfile.TemporaryDirectory() as folder:
             data, results = Path(folder) / "pair.json", Path(folder) / "results.csv"
             data.write_text(json.dumps({"data": [sample_pair()]}), encoding="utf-8")
