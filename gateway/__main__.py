@@ -1,4 +1,4 @@
-"""`python -m gateway`: the service, configured by environment variables (`gateway.settings`)."""
+"""`python -m gateway`: run the service. `gateway.settings` lists its environment variables."""
 
 import asyncio
 import logging
@@ -20,13 +20,17 @@ from gateway.state import State
 from gateway.system import tune_malloc
 
 STALL_MS = 60_000
-"""A client that acknowledges nothing for so long is cut off, and holds no response any more."""
+"""TCP user timeout: the connection of a client that acknowledges no data for this long is dropped,
+and its response is freed."""
+BACKLOG = 2048
+
+log = logging.getLogger("gateway")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, with a stop that load balancers can see coming.
+    """Uvicorn with a shutdown that load balancers can follow.
 
-    On SIGTERM `/readyz` fails at once, connections are accepted for a moment more, then requests
+    On SIGTERM `/readyz` fails at once, connections are accepted for a moment longer, then requests
     in flight finish, and the process exits with status 0. SIGINT skips the moment.
     """
 
@@ -36,13 +40,13 @@ class Server(uvicorn.Server):
         self._delay_s = delay_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop, or stop at once when asked again."""
+        """Start to stop; stop at once on a second signal."""
         if self._state.stopping:
             self.should_exit = True
             self.force_exit = sig == signal.SIGINT
             return
         self._state.stopping = True
-        logging.getLogger("gateway").info("stopping")
+        log.info("stopping")
         if sig == signal.SIGINT:
             self.should_exit = True
             return
@@ -53,40 +57,67 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address or a host name, by IPv4 if it has both.
+
+    `::` stands for all IPv6 and IPv4 addresses. A host that does not resolve is ignored with a
+    warning: conda's compilers set HOST to the machine's triple.
+
+    Raises:
+        OSError: the port is in use, or the address is not this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        log.warning("HOST=%s is not an address and does not resolve: using 127.0.0.1", host)
+        found = socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    family, _, _, _, address = found[0]
+    listener = socket.create_server(
+        address,
+        family=family,
+        backlog=BACKLOG,
+        dualstack_ipv6=family == socket.AF_INET6 and address[0] == "::",
+    )
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
+    log.info("listening", extra={"address": address[0], "port": listener.getsockname()[1]})
+    return listener
+
+
 def main() -> int:
-    """Run the gateway until a signal ends it; 2 when a setting cannot be used."""
+    """Run the gateway until a signal arrives; return 2 if a setting is invalid."""
     tune_malloc()
     try:
         settings = Settings()
         logs.configure(settings.log_level)
         app = create_app(settings)
-    except ValidationError as error:
-        for one in error.errors():
-            name = "_".join(map(str, one["loc"])) or "settings"
-            print(f"{name}: {one['msg']}", file=sys.stderr)
+        listener = listen(settings.host, settings.port)
+    except ValidationError as invalid:
+        for error in invalid.errors():
+            name = "_".join(map(str, error["loc"])) or "settings"
+            print(f"{name}: {error['msg']}", file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
     options: dict[str, Any] = {
         "loop": "uvloop",
-        "http": Protocol,  # httptools is faster by a millisecond, and keeps headers without limit
+        "http": Protocol,  # httptools saves a millisecond, but does not limit the size of headers
         "ws": "none",
         "access_log": False,
         "log_config": None,
         "server_header": False,
+        "timeout_keep_alive": settings.keep_alive_s,
         "timeout_graceful_shutdown": settings.shutdown_grace_s,
     }
-    config = uvicorn.Config(app, settings.host, settings.port, **options)
-    listener = config.bind_socket()
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
     if settings.processes > 1:
         return workers.serve(settings, listener, **options)
+    config = uvicorn.Config(app, settings.host, settings.port, **options)
     server = Server(config, app.state.gateway, settings.shutdown_delay_s)
     server.run([listener])
     return 0 if server.started else 1
 
 
 if __name__ == "__main__":
-    # Without the threads that still decode what nobody waits for: nothing can stop them.
+    # Without waiting for threads of abandoned requests, which cannot be stopped.
     os._exit(main())

@@ -1,4 +1,4 @@
-"""How much the gateway takes on at one time: requests, bytes and work in flight, all by budgets."""
+"""Admission control: budgets of requests, bytes and work in flight."""
 
 import asyncio
 from typing import Self
@@ -6,11 +6,11 @@ from typing import Self
 from gateway.errors import Overloaded
 
 SLOT_BYTES = 16 * 2**20
-"""Memory of one request in flight at 512x512: images, tensors, and a flow of 5 MB as JSON."""
+"""Memory of a request in flight at 512x512: images, tensors, and a flow of 5 MB as JSON."""
 
 
 class Budget:
-    """An amount that requests share. For one event loop."""
+    """An amount that the requests of one event loop share."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -20,28 +20,31 @@ class Budget:
 
 
 class Reservation:
-    """What one request holds of a budget, 0 at first; a `with` block gives it back."""
+    """The part of a budget that one request holds, 0 at first. A `with` block releases it."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self.amount = 0
 
     def grow(self, amount: int) -> None:
-        """Hold at least this amount.
+        """Increase the reservation to this amount, if it is smaller.
 
         Raises:
-            Overloaded: there is not so much left.
+            Overloaded: too little is left.
         """
         more = amount - self.amount
         if more <= 0:
             return
         if more > self._budget.free:
-            raise Overloaded("The service has as much to do as it can take. Try again later.")
+            raise Overloaded("The service is at its limit of requests or memory. Try again later.")
         self._budget.free -= more
         self.amount = amount
 
     async def wait(self, amount: int) -> None:
-        """Hold this amount, or the whole budget where that is less, first come, first served."""
+        """Wait until this amount, or the whole budget if that is less, can be reserved.
+
+        Reservations are served in order of arrival.
+        """
         amount = min(amount, self._budget.size)
         async with self._budget.turn:
             while amount > self._budget.free:
@@ -50,7 +53,7 @@ class Reservation:
             self.grow(amount)
 
     def release(self) -> None:
-        """Give everything back."""
+        """Return the reservation to the budget."""
         self._budget.free += self.amount
         self._budget.released.set()
         self.amount = 0
@@ -63,11 +66,16 @@ class Reservation:
 
 
 class Limits:
-    """The gateway's budgets: requests that are in, bytes of bodies received, slots of work in
-    flight, and bytes of responses that their clients have not read.
+    """The gateway's budgets.
 
-    A request beyond the first budget, or whose body is beyond the second, is refused at once. Slots
-    and responses are waited for: how many can wait is bounded by the number of requests.
+    A request that exceeds `requests` or `bodies` is rejected at once. For `slots` and `responses`
+    it waits; the number of requests bounds how many wait.
+
+    Attributes:
+        requests: requests admitted.
+        bodies: bytes of bodies received.
+        slots: work in flight, in units of `SLOT_BYTES`.
+        responses: bytes of responses that clients have not read yet.
     """
 
     def __init__(self, max_in_flight: int, max_waiting: int, max_buffered_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The application: what belongs to it, put together."""
+"""The ASGI application: routes, middleware, error handlers."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from gateway.errors import (
     Problem,
 )
 from gateway.flow import router as flow
-from gateway.keys import KeyCheck
+from gateway.keys import require_key
 from gateway.middleware import QUIET, ContextMiddleware, Cors, SecurityHeadersMiddleware
 from gateway.page import add_page
 from gateway.reports import probes, reports
@@ -36,14 +36,14 @@ log = logging.getLogger("gateway")
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The gateway as an ASGI application; `app.state.gateway` is its `State`.
+    """Return the gateway as an ASGI application; `app.state.gateway` is its `State`.
 
     Raises:
-        ValueError: a setting cannot be used; the message names it.
+        ValueError: a setting is invalid; the message names it.
     """
     images.configure_pillow(settings.max_image_pixels, settings.image_formats)
     state = State(settings)
-    with_key = [Depends(KeyCheck(settings.api_keys_file))]
+    with_key = [Depends(require_key)]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, state: State) -> None:
-    """Innermost first."""
+    """Add the middleware, innermost first."""
     settings = state.settings
     if settings.cors_origins:
         app.add_middleware(
@@ -121,7 +121,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         detail = f"Use {allowed.get('Allow', 'another method')}."
         return await _on_gateway_error(request, MethodNotAllowed(detail, headers=allowed))
     return await _on_gateway_error(
-        request, NotFound("The API is described at /docs; flow is at /estimate_flow/.")
+        request, NotFound("The API is documented at /docs; send images to /estimate_flow/.")
     )
 
 
@@ -141,8 +141,8 @@ async def _on_memory_error(request: Request, _: Exception) -> Response:
 
 
 def _complete_openapi(app: FastAPI, key_needed: bool) -> None:
-    """Put into the OpenAPI document the schema of errors, which no route returns as a model, and
-    whether requests without an API key are answered."""
+    """Complete the OpenAPI document: the schema of errors, which no route returns as a model, and
+    whether API keys are optional."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -150,7 +150,8 @@ def _complete_openapi(app: FastAPI, key_needed: bool) -> None:
         document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
         for operations in document["paths"].values():
             for operation in operations.values():
-                if "security" in operation and not key_needed and {} not in operation["security"]:
+                optional = not key_needed or operation["operationId"] == "healthz"
+                if "security" in operation and optional and {} not in operation["security"]:
                     operation["security"].append({})
         return document
 

@@ -1,235 +1,217 @@
-"""From the body of a request to the bytes of two image files."""
+"""Reading of request bodies: limits on size and time, and content codings."""
 
 import asyncio
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Protocol
 
-import msgspec
-import pybase64
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, FormParser, parse_options_header
+import zstandard
+from isal import isal_zlib
 from starlette.requests import Request
 
 from gateway.admission import Reservation
-from gateway.errors import (
-    BadBase64,
-    BadJson,
-    BadMultipart,
-    BodyTimeout,
-    BodyTooLarge,
-    MissingField,
-    UnexpectedField,
-    UnsupportedMediaType,
-    WrongType,
-)
-
-MULTIPART = "multipart/form-data"
-JSON_FIELDS = ("image1_base64", "image2_base64")
-FORM_FIELDS = ("image1", "image2")
-
-# What clients of a JSON service send without a thought: `curl -d` announces a web form, and some
-# libraries nothing at all. The service that this one replaces read JSON under any of them.
-READ_AS_JSON = {
-    "",
-    "application/json",
-    "text/plain",
-    "text/json",
-    "application/octet-stream",
-    "application/x-www-form-urlencoded",
-}
+from gateway.errors import BadEncoding, BodyTimeout, BodyTooLarge, UnsupportedMediaType
+from gateway.fields import MULTIPART, READ_AS_JSON, media_type
 
 IDLE_SECONDS = 10.0
-"""A body of which nothing comes for so long is given up, and what was kept free for it."""
+"""A body of which nothing arrives for this long gets a 408."""
 
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
-_SHOWN_LENGTH = 40
+ZSTD_WINDOW_BYTES = 8 * 2**20
+"""Largest window of a zstd body, as RFC 8878 recommends."""
 
+MAX_STREAMS = 1000
+"""Gzip members or zstd frames in a body; each needs a decompressor of its own."""
 
-class _JsonBody(msgspec.Struct, forbid_unknown_fields=True):
-    """The JSON body. Its values stay what they are in it, bytes: however many objects a hostile
-    one describes, none of them is made."""
-
-    image1_base64: msgspec.Raw = msgspec.Raw()
-    image2_base64: msgspec.Raw = msgspec.Raw()
+_YIELD_BYTES = 2**18
+"""After a piece of this size the event loop gets a turn."""
 
 
-_JSON_DECODER = msgspec.json.Decoder(_JsonBody)
+class Decompressor(Protocol):
+    """Interface that zlib, isal and zstandard share."""
+
+    @property
+    def eof(self) -> bool:
+        """True after the end of the compressed stream."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """Bytes after the end of the stream."""
+
+    def decompress(self, data: bytes) -> bytes:
+        """Return the bytes that the data decompresses to."""
+
+
+def _gzip(_: bytes) -> Decompressor:
+    return isal_zlib.decompressobj(wbits=zlib.MAX_WBITS + 16)
+
+
+def _deflate(start: bytes) -> Decompressor:
+    """Return a decompressor for the zlib format, or for raw deflate, which some clients send."""
+    is_zlib = start[0] & 0x0F == zlib.DEFLATED
+    return isal_zlib.decompressobj(wbits=zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
+
+
+def _zstd(_: bytes) -> Decompressor:
+    return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
+
+
+# Content coding -> decompressor for a stream that starts with these bytes, and how many bytes it is
+# given at a time. A slice expands to at most about 16 MB: deflate expands up to 1032 times, and
+# zstd makes 128 KiB of 4 bytes.
+_CODINGS: dict[str, tuple[Callable[[bytes], Decompressor], int]] = {
+    "gzip": (_gzip, 2**14),
+    "deflate": (_deflate, 2**14),
+    "zstd": (_zstd, 2**9),
+}
 
 
 async def read(request: Request, limit: int, reservation: Reservation) -> bytearray:
-    """Read the body, at most `limit` bytes, whatever its header says.
+    """Read and decompress the body.
+
+    Args:
+        request: the request; `check_headers` has accepted it.
+        limit: largest number of bytes of the body, as sent and decompressed.
+        reservation: grows with the body.
 
     Raises:
-        UnsupportedMediaType: the header announces something that cannot be read.
-        BodyTooLarge: the body is longer than the limit.
-        BodyTimeout: nothing of it comes any more.
-        Overloaded: all bodies together are longer than the budget.
+        BodyTooLarge: the body is larger than the limit.
+        BodyTimeout: no more of it arrives.
+        BadEncoding: the compressed body is damaged.
+        Overloaded: all bodies together exceed their budget.
     """
-    check_headers(request)
     announced = request.headers.get("content-length", "0")
-    size = (
-        int(announced) if announced.isdecimal() and len(announced) < len(str(2**63)) else limit + 1
-    )
-    _check_length(size, limit)
-    reservation.grow(size)
+    sent = int(announced) if announced.isdecimal() and len(announced) < 20 else limit + 1
+    _check_size(sent, limit)
+    reservation.grow(sent)
     body = bytearray()
+    async for piece in _decompressed(_received(request, limit), content_coding(request)):
+        _check_size(len(body) + len(piece), limit)
+        reservation.grow(len(body) + len(piece))
+        body += piece
+        if len(piece) > _YIELD_BYTES:
+            await asyncio.sleep(0)
+    return body
+
+
+async def _received(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """Iterate over the body's pieces as they arrive."""
     stream = request.stream()
+    size = 0
     while True:
         try:
             async with asyncio.timeout(IDLE_SECONDS):
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise BodyTimeout(
-                f"Nothing of the body came for {IDLE_SECONDS:g} seconds.",
+                f"No data of the body arrived for {IDLE_SECONDS:g} seconds.",
                 headers={"Connection": "close"},
             ) from None
         if chunk is None:
-            return body
-        _check_length(len(body) + len(chunk), limit)
-        reservation.grow(len(body) + len(chunk))
-        body += chunk
+            return
+        size += len(chunk)
+        _check_size(size, limit)
+        yield chunk
 
 
-def _check_length(size: int, limit: int) -> None:
+async def _decompressed(chunks: AsyncIterator[bytes], coding: str | None) -> AsyncIterator[bytes]:
+    """Iterate over the decompressed pieces of a body."""
+    if coding is None:
+        async for chunk in chunks:
+            yield chunk
+        return
+    expander = Expander(coding)
+    async for chunk in chunks:
+        for piece in expander.expand(chunk):
+            yield piece
+    expander.finish()
+
+
+class Expander:
+    """Decompression in slices, of one compressed stream or several in succession."""
+
+    def __init__(self, coding: str) -> None:
+        self._coding = coding
+        self._new, self._slice = _CODINGS[coding]
+        self._stream: Decompressor | None = None
+        self._streams = 0
+
+    def expand(self, data: bytes) -> Iterator[bytes]:
+        """Decompress some bytes.
+
+        Raises:
+            BadEncoding: they are damaged.
+        """
+        for start in range(0, len(data), self._slice):
+            piece = data[start : start + self._slice]
+            while piece:
+                if self._stream is None or self._stream.eof:
+                    self._stream = self._next_stream(piece)
+                try:
+                    yield self._stream.decompress(piece)
+                except (isal_zlib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
+                    raise self._damaged(str(error)) from None
+                piece = self._stream.unused_data if self._stream.eof else b""
+
+    def _next_stream(self, start: bytes) -> Decompressor:
+        self._streams += 1
+        if self._streams > MAX_STREAMS:
+            raise self._damaged(f"it has more than {MAX_STREAMS} streams")
+        return self._new(start)
+
+    def finish(self) -> None:
+        """Make sure that the last stream is complete.
+
+        Raises:
+            BadEncoding: it is not.
+        """
+        if self._stream is None or not self._stream.eof:
+            raise self._damaged("it is incomplete")
+
+    def _damaged(self, reason: str) -> BadEncoding:
+        return BadEncoding(
+            f"The body cannot be decompressed as {self._coding}: {reason}. Check how the client "
+            "compresses it, or send it without Content-Encoding.",
+            field="Content-Encoding",
+        )
+
+
+def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise BodyTooLarge(f"The body is longer than {limit} bytes. Send smaller images.")
+        raise BodyTooLarge(f"The body is larger than {limit} bytes. Send smaller images.")
+
+
+def content_coding(request: Request) -> str | None:
+    """Return the coding that the body is compressed with, or None.
+
+    Raises:
+        UnsupportedMediaType: it is unknown, or there are several.
+    """
+    header = ", ".join(request.headers.getlist("content-encoding")).lower()
+    codings = [name.strip().removeprefix("x-") for name in header.split(",")]
+    codings = [name for name in codings if name not in ("", "identity")]
+    if not codings:
+        return None
+    if len(codings) > 1 or codings[0] not in _CODINGS:
+        raise UnsupportedMediaType(
+            f"Compress the body with one of {', '.join(_CODINGS)}, once, or not at all.",
+            field="Content-Encoding",
+            headers={"Accept-Encoding": ", ".join(_CODINGS)},
+        )
+    return codings[0]
 
 
 def check_headers(request: Request) -> None:
-    """Refuse a body that cannot be read before any of it is.
+    """Check the type and the coding of a body before any of it is read.
 
     Raises:
-        UnsupportedMediaType: neither JSON nor a multipart form, or compressed.
+        UnsupportedMediaType: the type is neither JSON nor a multipart form, or the coding is
+            unknown.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnsupportedMediaType(
-            "The body is compressed. Send it as it is; images are compressed already.",
-            field="Content-Encoding",
-            headers={"Accept-Encoding": "identity"},
-        )
-    kind = _media_type(request.headers.get("content-type", ""))
+    content_coding(request)
+    kind = media_type(request.headers.get("content-type", ""))
     if kind != MULTIPART and kind not in READ_AS_JSON and not kind.endswith("+json"):
         raise UnsupportedMediaType(
             "Send JSON (application/json) or two files (multipart/form-data).",
             field="Content-Type",
             headers={"Accept-Post": f"application/json, {MULTIPART}"},
         )
-
-
-def _media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip().lower()
-
-
-def parse(body: bytearray, content_type: str) -> dict[str, bytes]:
-    """The two image files in a body: field name -> bytes, first image first.
-
-    Raises:
-        BadJson, BadMultipart, MissingField, UnexpectedField, WrongType, BadBase64.
-    """
-    if _media_type(content_type) == MULTIPART:
-        return _parse_form(body, content_type)
-    return _parse_json(body)
-
-
-def _parse_json(body: bytearray) -> dict[str, bytes]:
-    try:
-        fields = _JSON_DECODER.decode(body)
-    except msgspec.ValidationError as error:
-        _, unknown, name = str(error).partition("unknown field `")
-        if unknown:
-            raise _unexpected(name.rstrip("`"), JSON_FIELDS) from None
-        raise BadJson(f"The body must be a JSON object with {' and '.join(JSON_FIELDS)}.") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadJson(f"The body is not JSON: {error}.") from None
-    strings = {name: memoryview(getattr(fields, name)) for name in JSON_FIELDS}
-    for name, value in strings.items():
-        if not value:
-            raise MissingField(f"{name} is missing.", field=name)
-        if value[0] != ord('"'):
-            raise WrongType(f"{name} must be a string with a base64 encoded image.", field=name)
-    return {name: _decode_base64(value, name) for name, value in strings.items()}
-
-
-def _unexpected(name: str, expected: tuple[str, str]) -> UnexpectedField:
-    shown = name[:_SHOWN_LENGTH]
-    return UnexpectedField(
-        f"The fields are {' and '.join(expected)}; leave out {shown!r}.", field=shown
-    )
-
-
-def _decode_base64(string: memoryview, field: str) -> bytes:
-    """Decode base64, plain or URL-safe, wrapped, without padding, or with a data URL's prefix.
-
-    Args:
-        string: a string in JSON, quotes and escapes included.
-        field: the field that holds it.
-
-    Raises:
-        BadBase64: something else is in the string, or it is cut off, or it is empty.
-    """
-    try:
-        try:
-            data = pybase64.b64decode(string[1:-1], validate=True)  # as nearly all clients send it
-        except ValueError:
-            data = pybase64.b64decode(_canonical(bytes(string)), validate=True)
-    except (ValueError, msgspec.DecodeError):
-        raise BadBase64(f"{field} is not base64, or it is cut off.", field=field) from None
-    if not data:
-        raise BadBase64(f"{field} is empty.", field=field)
-    return data
-
-
-def _canonical(text: bytes) -> bytes:
-    """The base64 of a string in JSON: no escapes, prefix or line ends, but padding.
-
-    Raises:
-        ValueError: it has characters beyond Latin-1, one of which would make Python keep the whole
-            string in four bytes a character.
-    """
-    if b"\\" in text:
-        if not text.isascii() or text.count(b"\\u") != text.count(b"\\u00"):
-            raise ValueError
-        text = msgspec.json.decode(text, type=str).encode("ascii")
-    else:
-        text = text[1:-1]
-    if text[:5].lower() == b"data:":
-        text = text.partition(b",")[2]
-    text = text.translate(_URL_SAFE, delete=b" \t\r\n").rstrip(b"=")
-    return text + b"=" * (-len(text) % 4)
-
-
-def _parse_form(body: bytearray, content_type: str) -> dict[str, bytes]:
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
-    if not boundary:
-        raise BadMultipart("The Content-Type header has no boundary.", field="Content-Type")
-    parts: dict[str, bytes] = {}
-
-    def add(name: bytes | None, value: bytes) -> None:
-        key = (name or b"").decode("utf-8", "replace")
-        if key not in FORM_FIELDS:
-            raise _unexpected(key, FORM_FIELDS)
-        if key in parts:
-            raise UnexpectedField(f"{key} is there twice.", field=key)
-        parts[key] = value
-
-    def on_field(field: Field) -> None:
-        add(field.field_name, field.value or b"")
-
-    def on_file(file: File) -> None:
-        add(file.field_name, file.file_object.getvalue())  # type: ignore[union-attr]
-
-    try:
-        parser = FormParser(
-            MULTIPART,
-            on_field,
-            on_file,
-            boundary=boundary,
-            config={"MAX_MEMORY_FILE_SIZE": None, "MAX_FIELDS": len(FORM_FIELDS)},
-        )
-        parser.write(body)  # type: ignore[arg-type]
-        parser.finalize()
-    except FormParserError as error:
-        raise BadMultipart(f"The multipart form cannot be read: {str(error)[:120]}.") from None
-    for name in FORM_FIELDS:
-        if name not in parts:
-            raise MissingField(f"{name} is missing.", field=name)
-    return {name: parts[name] for name in FORM_FIELDS}

@@ -1,9 +1,9 @@
-"""All Tritons behind the gateway: which there are, and a flow from one of them.
+"""Discovery of all Tritons behind the gateway, and load balancing over them.
 
-Not by gRPC's own `dns:///` with `round_robin`: it looks a name up again only when a connection
-fails, so a Triton that is added gets no work; its retries cannot tell a lost connection from a
-full queue, which Triton reports as UNAVAILABLE too; its health checks ask the server, and not
-whether the model answers.
+gRPC's own `dns:///` with `round_robin` does not suffice. It resolves a name again only after a
+connection has failed, so a Triton that is added gets no requests. Its retries cannot tell a lost
+connection from a full queue, which Triton reports as UNAVAILABLE too. Its health checks ask the
+server, not the model.
 """
 
 import asyncio
@@ -13,21 +13,31 @@ import logging
 import socket
 
 from flownet2.formats import Flow
-from gateway.endpoint import Endpoint, EndpointLost, Model
+from flownet2.models import Model
+from gateway.endpoint import Endpoint, EndpointLost
 from gateway.errors import DeadlineExceeded, InferenceUnavailable, UnknownModel
 from gateway.images import Pixels
 
 log = logging.getLogger("gateway.cluster")
 
 RESOLVE_SECONDS = 2.0
-FIRST_LOOK_SECONDS = 5.0
+FIRST_CHECK_SECONDS = 5.0
 
 
 class Cluster:
-    """All endpoints, asked in turns."""
+    """Round-robin load balancing over all Triton endpoints."""
 
     def __init__(self, hosts: list[str], default_model: str) -> None:
-        """Take `host:port` strings; names stand for all of their addresses, now and later."""
+        """Set the endpoints.
+
+        Args:
+            hosts: `host:port` strings. A DNS name stands for all of its addresses, and is resolved
+                again every few seconds.
+            default_model: model of requests that name none.
+
+        Raises:
+            ValueError: a string is not `host:port`.
+        """
         self._default_model = default_model
         self._hosts = [self._split(host) for host in hosts]
         self._addresses: dict[tuple[str, int], set[str]] = {}
@@ -49,20 +59,20 @@ class Cluster:
 
     @property
     def endpoints(self) -> list[Endpoint]:
-        """The endpoints there are, serving or not."""
+        """All endpoints, healthy or not."""
         return list(self._watches)
 
     async def start(self) -> None:
-        """Begin to resolve names and to watch endpoints, and wait until each was asked once: a
-        process that takes another's place should not refuse what it could have served."""
+        """Start name resolution and health checks, and wait for the first check of every endpoint,
+        so that a replacement process does not reject requests that it could serve."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+            async with asyncio.timeout(FIRST_CHECK_SECONDS):
                 await asyncio.gather(*(self._resolve(*host) for host in self._hosts))
-                await asyncio.gather(*(one.asked.wait() for one in self.endpoints))
+                await asyncio.gather(*(endpoint.checked.wait() for endpoint in self.endpoints))
         self._resolvers = [asyncio.create_task(self._keep_resolving(*host)) for host in self._hosts]
 
     async def close(self) -> None:
-        """Stop watching and close the connections."""
+        """Stop the health checks and close the connections."""
         for resolver in self._resolvers:
             resolver.cancel()
         for endpoint, watch in self._watches.items():
@@ -71,13 +81,13 @@ class Cluster:
         self._watches.clear()
 
     async def _keep_resolving(self, host: str, port: int) -> None:
-        """Follow one name's addresses, for ever."""
+        """Resolve one name every few seconds until cancelled."""
         while True:
             await asyncio.sleep(RESOLVE_SECONDS)
             await self._resolve(host, port)
 
     async def _resolve(self, host: str, port: int) -> None:
-        """Watch one name's addresses; while it does not resolve, those it had."""
+        """Use the addresses of one name; keep the last ones if it does not resolve."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(
                 host, port, type=socket.SOCK_STREAM
@@ -85,45 +95,46 @@ class Cluster:
             self._addresses[host, port] = {
                 f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for *_, (ip, *_) in found
             }
-            self._follow(set().union(*self._addresses.values()))
+            self._use(set().union(*self._addresses.values()))
         except OSError as error:
             log.warning("%s does not resolve: %s", host, error)
-        except Exception:  # whatever it is, it may pass
-            log.exception("%s cannot be followed", host)
+        except Exception:  # a bug; try again
+            log.exception("%s cannot be resolved", host)
 
-    def _follow(self, wanted: set[str]) -> None:
-        """Watch these addresses and no others."""
+    def _use(self, wanted: set[str]) -> None:
+        """Check the endpoints at these addresses, and no others."""
         known = {endpoint.address: endpoint for endpoint in self._watches}
         for address in wanted - known.keys():
             endpoint = Endpoint(address, self._default_model)
             self._watches[endpoint] = asyncio.create_task(endpoint.watch())
         for address in known.keys() - wanted:
-            # Requests in flight still hold it; its connection closes with the last of them.
+            # Its connection closes when the last request in flight has ended.
             self._watches.pop(known[address]).cancel()
 
     def models(self) -> dict[str, Model]:
-        """Every model that some endpoint serves."""
+        """Return the models that at least one endpoint serves, by name."""
         return {
             name: model for endpoint in self.endpoints for name, model in endpoint.models.items()
         }
 
     def require(self, model: str) -> Model:
-        """The model, if it is served at the moment.
+        """Return a model that is served now.
 
         Raises:
-            UnknownModel: others are served, and it is not the default.
-            InferenceUnavailable: nothing is served, or the default is not.
+            UnknownModel: others are served, but not this one, and it is not the default.
+            InferenceUnavailable: no model is served, or the default is not, or this one is being
+                checked after a failure.
         """
         models = self.models()
         if model in models:
             return models[model]
-        unproven = any(model in endpoint.unproven for endpoint in self.endpoints)
-        if models and not unproven and model != self._default_model:
+        unverified = any(model in endpoint.unverified for endpoint in self.endpoints)
+        if models and not unverified and model != self._default_model:
             raise UnknownModel(
-                f"There is no model {model[:40]!r}; there are {', '.join(sorted(models))}.",
+                f"The model {model[:40]!r} is not loaded. Loaded are {', '.join(sorted(models))}.",
                 field="model",
             )
-        raise InferenceUnavailable("No Triton serves the model at the moment. Try again later.")
+        raise InferenceUnavailable("No Triton serves the model at present. Try again later.")
 
     async def infer(
         self,
@@ -135,19 +146,19 @@ class Cluster:
         request_id: str,
         headers: dict[str, str],
     ) -> Flow:
-        """The flows from image1 to image2, both uint8 [N, height, width, 3].
-
-        An endpoint that is lost meanwhile costs one more attempt, at another one.
+        """Return the flows from image1 to image2; retry once on another endpoint if one fails.
 
         Args:
             model: name of the model.
-            deadline: time of the event loop's clock at which nobody waits for the flow any more.
-            request_id: passed to Triton.
+            image1: first images, uint8 [N, height, width, 3].
+            image2: second images, of the same shape.
+            deadline: time on the event loop's clock when the client stops waiting.
+            request_id: ID that Triton logs.
             headers: gRPC metadata, for tracing.
 
         Raises:
-            InferenceUnavailable: no endpoint, or two were lost.
-            DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: as Triton said.
+            InferenceUnavailable: no endpoint serves the model, or two failed.
+            DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: as Triton reports.
         """
         lost: list[Endpoint] = []
         for _ in range(2):
@@ -162,16 +173,15 @@ class Cluster:
                     model, image1, image2, timeout=timeout, request_id=request_id, headers=headers
                 )
             except EndpointLost as error:
-                endpoint.lose(str(error))
-                endpoint.unproven.add(model)
+                endpoint.mark_unhealthy(model, str(error))
                 lost.append(endpoint)
                 log.warning(
                     "endpoint lost during a request: %s",
                     error,
                     extra={"endpoint": endpoint.address, "request_id": request_id},
                 )
-        raise InferenceUnavailable("No Triton serves the model at the moment. Try again later.")
+        raise InferenceUnavailable("No Triton serves the model at present. Try again later.")
 
     def _pick(self, model: str, lost: list[Endpoint]) -> Endpoint | None:
-        able = [one for one in self.endpoints if model in one.models and one not in lost]
-        return able[next(self._turn) % len(able)] if able else None
+        healthy = [x for x in self.endpoints if model in x.models and x not in lost]
+        return healthy[next(self._turn) % len(healthy)] if healthy else None

@@ -1,4 +1,4 @@
-"""What the gateway remembers of one request while it is served."""
+"""State of one request while it is served."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 @dataclass
 class Context:
-    """One request's identity, measurements and outcome."""
+    """Identity, measurements and outcome of a request."""
 
     request_id: str
     started: float = field(default_factory=time.perf_counter)
@@ -21,7 +21,7 @@ class Context:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure one stage, in seconds."""
+        """Add the duration of the block to a stage, in seconds."""
         start = time.perf_counter()
         try:
             yield
@@ -29,17 +29,17 @@ class Context:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     def elapsed(self) -> float:
-        """Seconds since the request's head was read."""
+        """Return the seconds since the request's head was read."""
         return time.perf_counter() - self.started
 
     def server_timing(self) -> str:
-        """The `Server-Timing` header: stages and the total so far, in milliseconds."""
+        """Return the `Server-Timing` header: stages and total so far, in milliseconds."""
         parts = {**self.stages, "total": self.elapsed()}
         return ", ".join(f"{name};dur={seconds * 1e3:.1f}" for name, seconds in parts.items())
 
 
 def context_of(source: Request | Scope) -> Context:
-    """The context that the middleware gave a request."""
+    """Return the context that the middleware attached to a request."""
     scope = source.scope if isinstance(source, Request) else source
     context: Context = scope["state"]["context"]
     return context

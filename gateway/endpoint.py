@@ -1,4 +1,4 @@
-"""One Triton: what it serves, whether that answers, and a flow from it."""
+"""One Triton: the models that it serves, health checks, and inference."""
 
 import asyncio
 import logging
@@ -13,8 +13,10 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from flownet2 import contract
+from flownet2.errors import Error
 from flownet2.formats import Flow
-from flownet2.triton import CHANNEL, failure
+from flownet2.models import Model
+from flownet2.triton import CHANNEL, failure, health_check
 from gateway.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -30,40 +32,26 @@ INPUTS = dict.fromkeys(contract.IMAGE_INPUTS, (contract.IMAGE_TYPE, [-1, -1, -1,
 OUTPUTS = {contract.FLOW_OUTPUT: (contract.FLOW_TYPE, [-1, -1, -1, 2])}
 
 POLL_SECONDS = 0.5
-CANARY_SECONDS = 3.0
-"""An idle endpoint that has returned no flow for so long is asked for one."""
-CANARY = np.zeros((1, contract.SIZE_MULTIPLE, contract.SIZE_MULTIPLE, 3), np.uint8)
-PATIENCE_SECONDS = 10.0
-"""A Triton that computes on all cores may respond late; one that is gone refuses at once."""
+HEALTH_CHECK_SECONDS = 3.0
+"""A health check runs on an idle endpoint that has returned no flow for this long."""
+CALL_TIMEOUT_SECONDS = 10.0
+"""Deadline of health checks and metadata. A Triton that computes on all cores may respond late; one
+that has exited refuses the connection at once."""
 
-LONGEST_FLOW = 4
-"""Largest component of flow that is believed, in sides of the image."""
-
-
-class EndpointLost(Exception):
-    """The endpoint went away, or no longer serves the model; another one may."""
+MAX_FLOW_SIDES = 4
+"""Largest plausible component of a flow, in sides of the image."""
 
 
-class ContractBroken(Exception):
-    """A model has other inputs or outputs than the contract's."""
+class EndpointLost(Error):
+    """Raised when an endpoint failed, or no longer serves the model; another one may serve it."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model that an endpoint serves; the last five as its `parameters` in config.pbtxt say."""
-
-    name: str
-    version: str
-    backend: str
-    network: str | None
-    parameters: int | None
-    weights_source: str | None
-    weights_license: str | None
-    model_sha256: str | None
+class ContractViolation(Error):
+    """Raised for a model whose inputs or outputs are not the contract's."""
 
 
 def classify(code: str, message: str) -> GatewayError | EndpointLost:
-    """What a failed inference means, by its gRPC status and message."""
+    """Return the error that a failed inference means, by its gRPC status and message."""
     match failure(code, message):
         case "deadline-exceeded":
             return DeadlineExceeded("The flow was not ready before the request's deadline.")
@@ -71,8 +59,8 @@ def classify(code: str, message: str) -> GatewayError | EndpointLost:
             return QueueFull("The model's queue is full. Try again later.")
         case "image-too-large":
             return ImageTooLarge(
-                "The images are larger than the model's TensorRT engine takes on this GPU. "
-                "Send smaller ones, or leave size=native out.",
+                "The images are larger than the model's TensorRT engine supports on this GPU. "
+                "Leave out size=native, or send smaller images.",
                 field="size",
             )
         case "unknown-model" | "unavailable":
@@ -85,7 +73,7 @@ def check_contract(metadata: Any) -> None:
     """Compare a model's metadata with the contract.
 
     Raises:
-        ContractBroken: naming the tensor, what it is and what it should be.
+        ContractViolation: a tensor differs; the message names it.
     """
     for kind, actual, expected in (
         ("input", metadata.inputs, INPUTS),
@@ -94,137 +82,156 @@ def check_contract(metadata: Any) -> None:
         found = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in actual}
         for name in expected.keys() | found.keys():
             if found.get(name) != expected.get(name):
-                raise ContractBroken(
-                    f"{kind} {name} is {_shown(found.get(name))} "
-                    f"and should be {_shown(expected.get(name))}"
+                raise ContractViolation(
+                    f"{kind} {name} is {_description(found.get(name))} "
+                    f"and should be {_description(expected.get(name))}"
                 )
 
 
-def _shown(tensor: tuple[str, list[int]] | None) -> str:
+def _description(tensor: tuple[str, list[int]] | None) -> str:
     return f"{tensor[0]} {tensor[1]}" if tensor else "absent"
 
 
 def check_flow(response: Any, count: int, height: int, width: int) -> Flow:
-    """The flows in a response, checked to be [count, height, width, 2].
+    """Return the flows in a response, float32 [count, height, width, 2].
 
     Raises:
-        ModelFailed: another shape or type, values that are not finite, or far beyond the image.
+        ModelFailed: the shape or type is wrong, or there are values that are not finite or far
+            larger than the image.
     """
     expected = [(contract.FLOW_OUTPUT, contract.FLOW_TYPE, [count, height, width, 2])]
-    given = [(one.name, one.datatype, list(one.shape)) for one in response.outputs]
+    given = [(output.name, output.datatype, list(output.shape)) for output in response.outputs]
     if given != expected:
         raise ModelFailed(f"The model returned {given} instead of {expected}.")
     flow: Flow = np.frombuffer(response.raw_output_contents[0], np.float32)
     flow = flow.reshape(count, height, width, 2)
-    # Few vectors are longer than their image, and a NaN is not less than anything.
-    limit = LONGEST_FLOW * max(height, width, contract.SIZE_MULTIPLE)
+    # NaN fails both comparisons.
+    limit = MAX_FLOW_SIDES * max(height, width, contract.SIZE_MULTIPLE)
     if not (flow.max() < limit and flow.min() > -limit):
-        raise ModelFailed("The model returned values that are not finite, or far beyond the image.")
+        raise ModelFailed("The model returned values that are not finite or far too large.")
     return flow
 
 
 @dataclass(eq=False)
 class Endpoint:
-    """One Triton: its connection, and what it served when last asked."""
+    """Connection to one Triton, and the state that the last health check found.
+
+    Attributes:
+        address: host and port of its gRPC service.
+        default_model: the model that idle endpoints are checked with.
+        version: Triton's version, empty until it was first reached.
+        models: models that it serves, by name.
+        error: why it serves no model, or not all of its models.
+        unverified: models that must pass a health check before they get requests. Triton may call a
+            model ready whose process was killed.
+        checked: set after the first check.
+    """
 
     address: str
     default_model: str
     version: str = ""
     models: dict[str, Model] = field(default_factory=dict)
-    error: str = "not asked yet"
+    error: str = "not checked yet"
 
     def __post_init__(self) -> None:
-        # What Triton calls ready may be dead (a Python backend's process that was killed), so these
-        # are served only once they have returned a flow.
-        self.unproven = {self.default_model}
-        self.asked = asyncio.Event()  # at least once
+        self.unverified = {self.default_model}
+        self.checked = asyncio.Event()
         self._in_flight = 0
         self._last_flow = -math.inf
-        # The stub itself: tritonclient's class around it takes twice the processor time.
+        # The stub itself: tritonclient's class around it takes twice the CPU time.
         self.channel = aio.insecure_channel(self.address, options=CHANNEL)
         self._stub = GRPCInferenceServiceStub(self.channel)
 
     async def watch(self) -> None:
-        """Keep `models` and `error` up to date, for ever."""
+        """Keep `models` and `error` up to date until cancelled."""
         while True:
             before = bool(self.models), self.error
             try:
                 await self._refresh()
-            except aio.AioRpcError as error:
-                self.lose(f"{error.code().name}: {error.details()}")
-            except Exception as error:  # no Triton, or a bug: ask again
-                self.lose(repr(error))
+            except Exception as error:  # not a Triton, or a bug: try again
+                self.models, self.error = {}, _reason(error)
             if (bool(self.models), self.error) != before:
                 level = logging.WARNING if self.error else logging.INFO
                 state = {"endpoint": self.address, "models": sorted(self.models)}
                 log.log(level, self.error or "endpoint is serving", extra=state)
-            self.asked.set()
+            self.checked.set()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _refresh(self) -> None:
-        # Of all models that are ready. The repository's index is for the operator alone, as it goes
-        # with the right to load and unload them.
+        # The statistics list the models that are ready. The repository's index is reserved for the
+        # operator, together with the right to load and unload models.
         statistics = await self._stub.ModelStatistics(
-            messages.ModelStatisticsRequest(), timeout=PATIENCE_SECONDS
+            messages.ModelStatisticsRequest(), timeout=CALL_TIMEOUT_SECONDS
         )
-        ready = {one.name for one in statistics.model_stats}
-        if not self.models:  # a new connection: what is there now may be another server
+        if not self.models:  # a new connection, perhaps to another server
             server = await self._stub.ServerMetadata(
-                messages.ServerMetadataRequest(), timeout=PATIENCE_SECONDS
+                messages.ServerMetadataRequest(), timeout=CALL_TIMEOUT_SECONDS
             )
             self.version = server.version
+        ready = sorted({model.name for model in statistics.model_stats})
+        found = await asyncio.gather(*map(self._describe, ready), return_exceptions=True)
         models, errors = {}, []
-        for name in sorted(ready):
+        for name, described in zip(ready, found, strict=True):
             try:
-                models[name] = await self._describe(name)
-                await self._prove(name)
-            except ContractBroken as error:
+                if isinstance(described, BaseException):
+                    raise described
+                model, gpu = described
+                await self._check(name, gpu)
+                models[name] = model
+            except ContractViolation as error:
                 errors.append(f"{name}: {error}")
-            except (EndpointLost, GatewayError) as error:
-                errors.append(f"{name} does not answer: {error}")
-                self.unproven.add(name)
-                del models[name]
+            except Exception as error:  # of this model; the others are served
+                errors.append(f"{name}: {_reason(error)}")
+                self.unverified.add(name)
+        self.unverified &= {*ready, self.default_model}
         self.models = models
         self.error = "; ".join(errors) or ("" if models else "no model is ready")
 
-    async def _prove(self, model: str) -> None:
-        """Ask a model for a flow, if it is time to.
+    async def _check(self, name: str, gpu: bool) -> None:
+        """Run the health-check inference of a model if it is due.
 
         Raises:
-            EndpointLost, GatewayError: there was none.
+            EndpointLost, GatewayError: the model does not answer, or its flow is wrong.
         """
-        idle = not self._in_flight and time.monotonic() - self._last_flow > CANARY_SECONDS
-        if model in self.unproven or (idle and model == self.default_model):
+        idle = not self._in_flight and time.monotonic() - self._last_flow > HEALTH_CHECK_SECONDS
+        if name in self.unverified or (idle and name == self.default_model):
             await self.infer(
-                model, CANARY, CANARY, timeout=PATIENCE_SECONDS, request_id="canary", headers={}
+                name,
+                *health_check(gpu).values(),
+                timeout=CALL_TIMEOUT_SECONDS,
+                request_id="health-check",
+                headers={},
             )
 
-    async def _describe(self, name: str) -> Model:
-        # Each time anew: it may be loaded again with other files.
+    async def _describe(self, name: str) -> tuple[Model, bool]:
+        """Return a model's description, and True if it runs on a GPU.
+
+        Raises:
+            ContractViolation: its inputs or outputs are not the contract's.
+        """
         metadata = await self._stub.ModelMetadata(
-            messages.ModelMetadataRequest(name=name), timeout=PATIENCE_SECONDS
+            messages.ModelMetadataRequest(name=name), timeout=CALL_TIMEOUT_SECONDS
         )
         check_contract(metadata)
-        found = await self._stub.ModelConfig(
-            messages.ModelConfigRequest(name=name), timeout=PATIENCE_SECONDS
+        # Every time: the model may have been loaded again with other files.
+        response = await self._stub.ModelConfig(
+            messages.ModelConfigRequest(name=name), timeout=CALL_TIMEOUT_SECONDS
         )
-        facts = {key: value.string_value for key, value in found.config.parameters.items()}
-        count = facts.get("parameters", "")
-        return Model(
+        config = response.config
+        model = Model.from_parameters(
             name,
-            metadata.versions[-1],
-            found.config.backend,
-            facts.get("network"),
-            int(count) if count.isdecimal() else None,
-            facts.get("weights_source"),
-            facts.get("weights_license"),
-            facts.get("model_sha256"),
+            config.parameters,
+            version=max(metadata.versions, default="", key=int),
+            backend=config.backend,
+            default=name == self.default_model,
         )
+        return model, any(group.kind == group.KIND_GPU for group in config.instance_group)
 
-    def lose(self, error: str) -> None:
-        """Use the endpoint no more, until `watch` finds it serving."""
-        self.models = {}
-        self.error = error
+    def mark_unhealthy(self, model: str, error: str) -> None:
+        """Send no requests for the model to this endpoint until it passes a health check."""
+        self.unverified.add(model)
+        self.models = {name: served for name, served in self.models.items() if name != model}
+        self.error = f"{model}: does not answer: {error}"
 
     async def infer(
         self,
@@ -236,15 +243,23 @@ class Endpoint:
         request_id: str,
         headers: dict[str, str],
     ) -> Flow:
-        """One batch here.
+        """Run an inference on one batch, and return its flows.
+
+        Args:
+            model: name of the model.
+            image1: first images, uint8 [N, height, width, 3].
+            image2: second images, of the same shape.
+            timeout: seconds until the inference is cancelled.
+            request_id: ID that Triton logs.
+            headers: gRPC metadata, for tracing.
 
         Raises:
-            EndpointLost: another endpoint may answer.
-            DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: no other endpoint would do
-                better.
+            EndpointLost: another endpoint may succeed.
+            DeadlineExceeded, QueueFull, ImageTooLarge, ModelFailed: another endpoint would fail
+                too.
         """
-        # In the message, not in shared memory: that saves 1 to 2 of 26 to 59 ms of processor time,
-        # and the region of a request that was cancelled may be written to after its next use.
+        # In the message, not in shared memory: that would save 1 to 2 of 26 to 59 ms of CPU time,
+        # but the region of a cancelled request may be written to after its next use.
         count, height, width, _ = image1.shape
         request = messages.ModelInferRequest(
             model_name=model,
@@ -255,7 +270,7 @@ class Endpoint:
             ],
             raw_input_contents=[image1.tobytes(), image2.tobytes()],
         )
-        # Bounds the time in Triton's queue.
+        # Limit of the time in Triton's queue, in microseconds.
         request.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
         self._in_flight += 1
         try:
@@ -267,7 +282,16 @@ class Endpoint:
         finally:
             self._in_flight -= 1
         flow = check_flow(response, count, height, width)
-        self.unproven.discard(model)
+        self.unverified.discard(model)
         if model == self.default_model:
             self._last_flow = time.monotonic()
         return flow
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in words."""
+    if isinstance(error, aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    if isinstance(error, EndpointLost | GatewayError):
+        return f"does not answer: {error}"
+    return str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"

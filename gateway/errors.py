@@ -1,6 +1,6 @@
-"""What can go wrong with a request: one class per cause, the one place to add one.
+"""Errors of the API, one class per cause. OpenAPI lists them from here.
 
-Responses are problem details (RFC 9457). `type` is stable; `detail` is for people.
+Responses are problem details (RFC 9457): `type` never changes, `detail` is written for people.
 """
 
 from http import HTTPStatus
@@ -9,33 +9,35 @@ from typing import ClassVar
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
+from flownet2.errors import Error
+
 MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
+    """Body of an error response (RFC 9457)."""
 
     type: str = Field(description="stable name of the cause")
     title: str = Field(description="the cause in words")
     status: int = Field(description="HTTP status")
     detail: str = Field(description="what is wrong with this request, and what to change")
-    field: str | None = Field(None, description="field, parameter or header that it is about")
+    field: str | None = Field(None, description="field, parameter or header at fault")
     request_id: str = Field(description="the request's `X-Request-ID`")
 
 
-class GatewayError(Exception):
-    """A request that fails. The title of a cause is the docstring of its class.
+class GatewayError(Error):
+    """Base class of the API's errors. The docstring of a subclass is the title of its problem.
 
     Args:
-        detail: what is wrong and what to change, a sentence or two.
-        field: the field, parameter or header that it is about.
+        detail: what is wrong and what to change, in a sentence or two.
+        field: the field, parameter or header at fault.
         headers: headers of the response.
     """
 
     status: ClassVar[int]
     slug: ClassVar[str]
     of_flow: ClassVar[bool]
-    """Whether the OpenAPI document declares it for `/estimate_flow/`."""
+    """True if the OpenAPI document declares the error for `/estimate_flow/`."""
 
     def __init_subclass__(cls, *, status: int, slug: str, of_flow: bool = True) -> None:
         cls.status, cls.slug, cls.of_flow = status, slug, of_flow
@@ -50,7 +52,7 @@ class GatewayError(Exception):
 
     @classmethod
     def problem(cls, detail: str, field: str | None, request_id: str) -> Problem:
-        """The body of a response that tells this error."""
+        """Return the body of the error's response."""
         return Problem(
             type=f"urn:problem-type:flownet2:{cls.slug}",
             title=(cls.__doc__ or "").rstrip("."),
@@ -61,7 +63,7 @@ class GatewayError(Exception):
         )
 
     def response(self, request_id: str, retry_after_s: int) -> Response:
-        """The response to the request, `application/problem+json`."""
+        """Return the response, `application/problem+json`."""
         content = self.problem(self.detail, self.field, request_id)
         headers = dict(self.headers)
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -72,7 +74,7 @@ class GatewayError(Exception):
 
 
 class BadRequest(GatewayError, status=400, slug="bad-request", of_flow=False):
-    """The request is not HTTP."""
+    """The request is not valid HTTP."""
 
 
 class BadJson(GatewayError, status=400, slug="bad-json"):
@@ -83,12 +85,16 @@ class BadMultipart(GatewayError, status=400, slug="bad-multipart"):
     """The body is not a multipart form."""
 
 
+class BadEncoding(GatewayError, status=400, slug="bad-encoding"):
+    """The compressed body is damaged."""
+
+
 class CorsRefused(GatewayError, status=400, slug="cors-refused", of_flow=False):
-    """Other origins' pages may not do this."""
+    """The origin is not allowed."""
 
 
 class Unauthorized(GatewayError, status=401, slug="unauthorized"):
-    """An API key is needed."""
+    """The API key is missing or wrong."""
 
 
 class NotFound(GatewayError, status=404, slug="not-found", of_flow=False):
@@ -96,15 +102,15 @@ class NotFound(GatewayError, status=404, slug="not-found", of_flow=False):
 
 
 class UnknownModel(GatewayError, status=404, slug="unknown-model"):
-    """There is no such model."""
+    """The model is not loaded."""
 
 
 class MethodNotAllowed(GatewayError, status=405, slug="method-not-allowed"):
-    """The path does not take this method."""
+    """The path does not support this method."""
 
 
 class NotAcceptable(GatewayError, status=406, slug="not-acceptable"):
-    """No acceptable format."""
+    """The response is available in no acceptable format."""
 
 
 class BodyTimeout(GatewayError, status=408, slug="body-timeout"):
@@ -112,7 +118,7 @@ class BodyTimeout(GatewayError, status=408, slug="body-timeout"):
 
 
 class BodyTooLarge(GatewayError, status=413, slug="body-too-large"):
-    """The body is too long."""
+    """The body is too large."""
 
 
 class ImageTooLarge(GatewayError, status=413, slug="image-too-large"):
@@ -120,15 +126,15 @@ class ImageTooLarge(GatewayError, status=413, slug="image-too-large"):
 
 
 class UnsupportedMediaType(GatewayError, status=415, slug="unsupported-media-type"):
-    """Unsupported type of body."""
+    """The type of the body is not supported."""
 
 
 class UnsupportedImageFormat(GatewayError, status=415, slug="unsupported-image-format"):
-    """Unsupported image format."""
+    """The image format is not supported."""
 
 
 class InvalidParameter(GatewayError, status=422, slug="invalid-parameter"):
-    """Invalid parameter."""
+    """A parameter is invalid."""
 
 
 class MissingField(GatewayError, status=422, slug="missing-field"):
@@ -148,7 +154,7 @@ class BadBase64(GatewayError, status=422, slug="bad-base64"):
 
 
 class NotAnImage(GatewayError, status=422, slug="not-an-image"):
-    """A field holds no image."""
+    """A field does not hold an image."""
 
 
 class DamagedImage(GatewayError, status=422, slug="damaged-image"):
@@ -156,7 +162,7 @@ class DamagedImage(GatewayError, status=422, slug="damaged-image"):
 
 
 class AnimatedImage(GatewayError, status=422, slug="animated-image"):
-    """An image is animated."""
+    """An image file has several frames."""
 
 
 class ImageTooSmall(GatewayError, status=422, slug="image-too-small"):
@@ -164,7 +170,7 @@ class ImageTooSmall(GatewayError, status=422, slug="image-too-small"):
 
 
 class SizesDiffer(GatewayError, status=422, slug="sizes-differ"):
-    """The images differ in size."""
+    """The images have different sizes."""
 
 
 class ClientGone(GatewayError, status=499, slug="client-gone", of_flow=False):
@@ -172,7 +178,7 @@ class ClientGone(GatewayError, status=499, slug="client-gone", of_flow=False):
 
 
 class InternalError(GatewayError, status=500, slug="internal-error"):
-    """The gateway failed."""
+    """The gateway failed because of a bug."""
 
 
 class ModelFailed(GatewayError, status=502, slug="model-failed"):
@@ -188,7 +194,7 @@ class QueueFull(GatewayError, status=503, slug="queue-full"):
 
 
 class InferenceUnavailable(GatewayError, status=503, slug="inference-unavailable"):
-    """The model is not served now."""
+    """No Triton serves the model."""
 
 
 class Stopping(GatewayError, status=503, slug="stopping", of_flow=False):

@@ -1,39 +1,36 @@
 """`POST /estimate_flow/`: two images in, their optical flow out."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 from fastapi import APIRouter, Depends, Header, Query, Request
-from PIL import Image
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
-from flownet2 import contract, measures
-from flownet2.formats import Flow
-from gateway import body, images
-from gateway.admission import SLOT_BYTES, Reservation
+from gateway import body
+from gateway.admission import Reservation
 from gateway.context import Context, context_of
 from gateway.errors import BodyTimeout, ClientGone, DeadlineExceeded, GatewayError
-from gateway.negotiation import ENCODINGS, Estimate, Format, choose_encoding, choose_format
+from gateway.estimate import Direction, EncodedFlow, Job, estimate
+from gateway.negotiation import choose_encoding, choose_format
 from gateway.response import PiecewiseResponse
 from gateway.schemas import FLOW_REQUEST, FLOW_RESPONSE, SCALE_HEADERS, error_responses
-from gateway.settings import Settings
 from gateway.state import SharedState, State
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-Direction = Literal["forward", "backward", "both"]
 
 router = APIRouter()
 
 
 async def _admitted(state: SharedState) -> AsyncIterator[Reservation]:
-    """Count the request, and reserve bytes for its response, until that is sent."""
+    """Count the request until its response is sent, and yield the reservation of its response.
+
+    Raises:
+        Overloaded: there are too many requests.
+    """
     with (
         Reservation(state.limits.requests) as admitted,
         Reservation(state.limits.responses) as response_bytes,
@@ -46,7 +43,7 @@ async def _admitted(state: SharedState) -> AsyncIterator[Reservation]:
     "/estimate_flow/",
     summary="Estimate optical flow",
     response_class=Response,
-    responses=error_responses(*(one for one in GatewayError.__subclasses__() if one.of_flow))
+    responses=error_responses(*(error for error in GatewayError.__subclasses__() if error.of_flow))
     | {200: FLOW_RESPONSE},
     openapi_extra={"requestBody": FLOW_REQUEST},
 )
@@ -58,46 +55,45 @@ async def estimate_flow(
     size: Annotated[
         Literal["512", "native"],
         Query(
-            description="`512`: the images are resized to 512x512 and the flow is on that "
-            "grid, in pixels of the original images. `native`: the images' own size."
+            description="`512`: the images are resized to 512x512, and the flow is on that grid, "
+            "in pixels of the original images. `native`: the images keep their size."
         ),
     ] = "512",
     model: Annotated[
         str | SkipJsonSchema[None],
-        Query(description="a name from `/models`; left out: the default model", max_length=128),
+        Query(description="name of a model from `/models`; default: its default", max_length=128),
     ] = None,
     direction: Annotated[
         Direction,
         Query(
             description="`forward`: from the first image to the second. `backward`: the reverse. "
-            "`both`: the two, and the pixels of the first image that the second does not show; "
-            "as JSON or .npz."
+            "`both`: both, and the occluded pixels of the first image; as JSON or .npz only."
         ),
     ] = "forward",
     timeout: Annotated[
         float | SkipJsonSchema[None],
         Header(
             alias=TIMEOUT_HEADER,
-            description="seconds that the response may take",
+            description="deadline of the response in seconds",
             gt=0,
             allow_inf_nan=False,
         ),
     ] = None,
 ) -> Response:
-    """The optical flow from the first image to the second, or the reverse, or both.
+    """Estimate the optical flow from the first image to the second, the reverse, or both.
 
-    Both images are resized to 512x512, then converted to RGB; EXIF orientation is ignored.
-    The flow is already multiplied by the back factors: a client resizes the matrix to the
-    images' size and multiplies nothing.
+    By default both images are resized to 512x512, then converted to RGB; EXIF orientation is
+    ignored. The flow is already multiplied by the back factors: resize the matrix to the size of
+    your images, and multiply nothing.
     """
     settings, context = state.settings, context_of(request)
-    model = model or settings.default_model
     accept = ", ".join(request.headers.getlist("accept"))
     format = choose_format(accept, both_directions=direction == "both")
     encoding = choose_encoding(", ".join(request.headers.getlist("accept-encoding")))
     seconds = min(timeout or settings.default_timeout_s, settings.max_timeout_s)
     deadline = asyncio.get_running_loop().time() + seconds
-    state.cluster.require(model)
+    served = state.cluster.require(model or settings.default_model)
+    body.check_headers(request)
     body_bytes = Reservation(state.limits.bodies)
     try:
         content = await _read(request, state, context, body_bytes, deadline)
@@ -105,24 +101,24 @@ async def estimate_flow(
         body_bytes.release()
         raise
     job = Job(
-        content,
-        request.headers.get("content-type", ""),
-        model,
-        size == "native",
-        direction,
-        format,
-        encoding if format.compressible else None,
-        deadline,
-        context,
+        content=content,
+        content_type=request.headers.get("content-type", ""),
+        model=served,
+        native=size == "native",
+        direction=direction,
+        format=format,
+        encoding=encoding if format.compressible else None,
+        deadline=deadline,
+        context=context,
     )
-    # What the work holds it keeps until its thread ends: later than this function, where the
-    # deadline passes or the client leaves.
-    task = asyncio.create_task(_estimate(state, job, body_bytes, response_bytes))
+    # The task keeps its reservations until its thread ends, which may be after this function
+    # returns if the deadline passes or the client disconnects.
+    task = asyncio.create_task(estimate(state, job, body_bytes, response_bytes))
 
     def ended(task: asyncio.Task[EncodedFlow]) -> None:
         body_bytes.release()
         if not task.cancelled():
-            task.exception()  # or asyncio logs it, where nobody waits for the task any more
+            task.exception()  # or asyncio logs the error of a task that was abandoned
 
     task.add_done_callback(ended)
     flow = await _wait_for(task, deadline, request.receive, settings.max_timeout_s)
@@ -137,6 +133,11 @@ async def estimate_flow(
 async def _read(
     request: Request, state: State, context: Context, body_bytes: Reservation, deadline: float
 ) -> bytearray:
+    """Read the body before the deadline.
+
+    Raises:
+        BodyTimeout, ClientGone, and what `body.read` raises.
+    """
     try:
         with context.stage("read"):
             async with asyncio.timeout_at(deadline):
@@ -149,20 +150,13 @@ async def _read(
     return content
 
 
-@dataclass(frozen=True)
-class EncodedFlow:
-    """A flow as it is sent, and the back factors of x and y."""
-
-    content: bytes
-    scale: tuple[float, float]
-
-
 async def _wait_for(
-    task: "asyncio.Task[EncodedFlow]", deadline: float, receive: Receive, max_timeout_s: float
+    task: asyncio.Task[EncodedFlow], deadline: float, receive: Receive, max_timeout_s: float
 ) -> EncodedFlow:
-    """What a task returns, unless the deadline passes or the client goes away first.
+    """Return the task's result. Cancel the task if the deadline passes or the client disconnects.
 
-    Then the task is cancelled, and nobody waits for its end.
+    Raises:
+        DeadlineExceeded, ClientGone, and what the task raises.
     """
     watch = asyncio.create_task(_disconnected(receive))
     try:
@@ -182,108 +176,6 @@ async def _wait_for(
 
 
 async def _disconnected(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _estimate(
-    state: State, job: "Job", body_bytes: Reservation, response_bytes: Reservation
-) -> EncodedFlow:
-    """Decode, infer, encode."""
-    context, run = job.context, state.threads.run
-    pair = await run(job.open, state.settings)
-    width, height = next(iter(pair.values())).size
-    state.metrics.image_pixels.observe(width * height)
-    queued = time.perf_counter()
-    with Reservation(state.limits.slots) as slots:
-        weight = max(1, -(-images.working_bytes(pair, job.native) // SLOT_BYTES))
-        await slots.wait(weight * (2 if job.direction == "both" else 1))
-        context.stages["queue"] = time.perf_counter() - queued
-        batches = await run(job.prepare, pair)
-        body_bytes.release()
-        with context.stage("infer"):
-            flows = [
-                flow
-                for image1, image2 in batches
-                for flow in await state.cluster.infer(
-                    job.model,
-                    image1,
-                    image2,
-                    deadline=job.deadline,
-                    request_id=context.request_id,
-                    headers=context.trace_headers,
-                )
-            ]
-        with context.stage("encode"):
-            encoded = await run(job.encode, flows, (width, height))
-        await response_bytes.wait(len(encoded.content))
-        return encoded
-
-
-@dataclass
-class Job:
-    """What one request asks for, and the parts of its work that run in threads."""
-
-    content: bytearray
-    content_type: str
-    model: str
-    native: bool
-    direction: Direction
-    format: Format
-    encoding: str | None
-    deadline: float
-    context: Context
-
-    def open(self, settings: Settings) -> dict[str, Image.Image]:
-        """Parse the body and the images' headers."""
-        content, self.content = self.content, bytearray()
-        with self.context.stage("decode"):
-            files = body.parse(content, self.content_type)
-            pair = images.open_pair(files, settings.image_formats, settings.max_image_pixels)
-        if self.native:
-            for field, image in pair.items():
-                images.check_native(image, field, settings.max_native_pixels)
-        return pair
-
-    def prepare(self, pair: dict[str, Image.Image]) -> list[tuple[images.Pixels, images.Pixels]]:
-        """Make the images what the model takes, one after the other, each let go in between.
-
-        Returns:
-            First and second images of one batch or two, uint8 [N, H, W, 3].
-        """
-        prepared = []
-        for field in list(pair):
-            with self.context.stage("decode"):
-                image = images.load(pair.pop(field), field)
-            with self.context.stage("resize"):
-                prepared.append(images.to_rgb(image, field, self.native))
-            del image
-        first, second = (image[None] for image in prepared)
-        if self.direction == "forward":
-            return [(first, second)]
-        if self.direction == "backward":
-            return [(second, first)]
-        if max(first.shape) > contract.BATCH_EDGE:
-            return [(first, second), (second, first)]
-        return [(np.concatenate([first, second]), np.concatenate([second, first]))]
-
-    def encode(self, flows: list[Flow], size: tuple[int, int]) -> EncodedFlow:
-        """Scale the flows back to the images' own pixels, and encode them."""
-        occluded = measures.occluded(*flows) if self.direction == "both" else None
-        scale = (1.0, 1.0)
-        if not self.native:
-            scale = (size[0] / images.GRID[0], size[1] / images.GRID[1])
-            flows = [_scaled(flow, scale) for flow in flows]
-        flow, *backward = flows
-        estimate = Estimate(flow, scale, backward[0] if backward else None, occluded)
-        content = self.format.encode(estimate)
-        if self.encoding:
-            content = ENCODINGS[self.encoding](content)
-        return EncodedFlow(content, scale)
-
-
-def _scaled(flow: Flow, scale: tuple[float, float]) -> Flow:
-    """A flow with u and v multiplied by a factor each."""
-    rows = flow.reshape(len(flow), -1)  # NumPy is slow along an axis of two
-    factors = np.tile(np.array(scale, np.float32), flow.shape[1])
-    return (rows * factors).reshape(flow.shape)

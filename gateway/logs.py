@@ -1,9 +1,10 @@
-"""Logs as JSON, one object a line, on standard error."""
+"""JSON logs on standard error, one object a line."""
 
 import logging
 import logging.config
+import warnings
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
@@ -11,10 +12,10 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record, and whatever `extra` it carries, as a JSON object."""
+    """Formatter that writes a record and its `extra` fields as a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -28,7 +29,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Send everything, the server's own messages too, through the formatter."""
+    """Log everything as JSON: the gateway, the libraries, and Python's warnings."""
     logging.config.dictConfig(
         {
             "version": 1,
@@ -36,7 +37,21 @@ def configure(level: str) -> None:
             "formatters": {"json": {"()": JsonFormatter}},
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
             "root": {"level": level, "handlers": ["stderr"]},
-            # Per-request messages of libraries; the gateway's own access log says more.
+            # It logs every request; the gateway's access log does too.
             "loggers": {"python_multipart": {"level": "ERROR"}},
         }
     )
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Log a Python warning; see `warnings.showwarning`."""
+    place = {"category": category.__name__, "file": filename, "line": lineno}
+    logging.getLogger("py.warnings").warning("%s", message, extra=place)

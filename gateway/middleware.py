@@ -1,4 +1,4 @@
-"""What happens to every request: an identity, a log line, security headers."""
+"""Middleware of every request: ID, log line, metrics, security headers, CORS."""
 
 import asyncio
 import logging
@@ -18,19 +18,19 @@ from gateway.metrics import Metrics
 log = logging.getLogger("gateway.access")
 
 QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
-"""What is asked every few seconds: logged with the level DEBUG."""
+"""Paths that are requested every few seconds, logged at level DEBUG."""
 
-_BUG = "This is a bug of the gateway; its log says more."
-_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_BUG = "This is a bug in the gateway. Its log has the details, under this request ID."
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass
 class ContextMiddleware:
-    """Gives a request its context, and tells its outcome: headers, metrics, and one log line.
+    """Attach a context to each request, and report its outcome: headers, metrics, one log line.
 
-    `X-Request-ID` is taken from the client if it is sane. What no handler caught is logged with
-    its traceback here and answered with a 500.
+    A client's `X-Request-ID` is used if it is short and plain. An exception that no handler caught
+    is logged with its traceback and answered with a 500.
     """
 
     app: ASGIApp
@@ -44,7 +44,7 @@ class ContextMiddleware:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        context = Context(given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex)
+        context = Context(given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex)
         traceparent = headers.get("traceparent", "")
         if _TRACEPARENT.fullmatch(traceparent):
             context.trace_headers["traceparent"] = traceparent
@@ -64,7 +64,7 @@ class ContextMiddleware:
             await self.app(scope, receive, send_with_headers)
         except (Exception, asyncio.CancelledError) as caught:
             error = caught if isinstance(caught, GatewayError) else InternalError(_BUG)
-            if isinstance(caught, asyncio.CancelledError):  # a shutdown's grace is over
+            if isinstance(caught, asyncio.CancelledError):  # the grace period of a shutdown is over
                 error = InferenceUnavailable("The gateway is shutting down. Try again.")
             context.outcome = error.slug
             if isinstance(error, InternalError):
@@ -73,10 +73,10 @@ class ContextMiddleware:
                 response = error.response(context.request_id, self.retry_after_s)
                 await response(scope, receive, send_with_headers)
         finally:
-            self._account(scope, context, status)
+            self._report(scope, context, status)
 
-    def _account(self, scope: Scope, context: Context, status: int) -> None:
-        stages = dict(context.stages)  # a thread that nobody waits for may still add to it
+    def _report(self, scope: Scope, context: Context, status: int) -> None:
+        stages = dict(context.stages)  # a thread of an abandoned request may still add to it
         route = scope.get("route")
         path = getattr(route, "path", "other")
         self.metrics.requests.labels(path, context.outcome).inc()
@@ -102,18 +102,19 @@ class ContextMiddleware:
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, with refused preflights reported like other errors."""
+    """Starlette's CORS middleware, with rejected preflights as problem documents."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The response to a preflight.
+        """Return the response to a preflight.
 
         Raises:
-            CorsRefused: it asks for something that is not allowed.
+            CorsRefused: origin, method or header is not allowed.
         """
         response = super().preflight_response(request_headers)
         if response.status_code == CorsRefused.status:
             raise CorsRefused(
-                f"{bytes(response.body).decode()}. GATEWAY_CORS_ORIGINS names those that may.",
+                f"{bytes(response.body).decode()}. The setting GATEWAY_CORS_ORIGINS lists the "
+                "allowed origins.",
                 headers={"Vary": response.headers["Vary"]},
             )
         return response
@@ -121,9 +122,9 @@ class Cors(CORSMiddleware):
 
 @dataclass
 class SecurityHeadersMiddleware:
-    """Headers that keep browsers from doing anything with a response but reading it.
+    """Add headers that forbid browsers to run, frame or sniff a response.
 
-    The page brings a `Content-Security-Policy` of its own.
+    The page has a `Content-Security-Policy` of its own.
     """
 
     app: ASGIApp

@@ -1,4 +1,4 @@
-"""`python -m gateway.openapi` prints the OpenAPI document, `openapi.json`."""
+"""`python -m gateway.openapi`: print the OpenAPI document, which `openapi.json` holds."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The page at `/`, and the description of the API at `/docs`: static files that need no API key."""
+"""Static files, served without an API key: the page at `/` and Swagger UI at `/docs`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from starlette.staticfiles import StaticFiles
 WEB = Path(__file__).parent / "web"
 
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for again: a new version is seen at once
+    "Cache-Control": "no-cache",  # cached, but validated each time: an update is seen at once
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -25,7 +25,7 @@ class _Files(StaticFiles):
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve both, and the files that they load; all addresses in those are relative."""
+    """Add both pages and the files that they load. All URLs in them are relative."""
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:

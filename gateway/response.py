@@ -1,4 +1,4 @@
-"""A response that stays counted until its client has read it."""
+"""Response that stays counted until the client has read it."""
 
 import asyncio
 
@@ -11,28 +11,33 @@ from gateway.errors import ClientGone
 PIECE_BYTES = 256 * 1024
 GRACE_SECONDS = 30.0
 BYTES_PER_SECOND = 64 * 1024
-"""A client that reads more slowly than this, after the grace, is cut off."""
+"""A client that reads more slowly than this, after the grace period, is disconnected."""
 
 
 class PiecewiseResponse(Response):
-    """Sends its content in pieces, each when the one before is on its way, so that what a slow
-    client has not read yet stays here, and the request stays counted; but not for ever."""
+    """Response that is sent piece by piece, no faster than the client reads.
+
+    The request stays counted until the last piece is sent. A client that reads too slowly is
+    disconnected.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
-        began = asyncio.get_running_loop().time()
+        start_time = asyncio.get_running_loop().time()
         head = {
             "type": "http.response.start",
             "status": self.status_code,
             "headers": self.raw_headers,
         }
         try:
-            async with asyncio.timeout_at(began + GRACE_SECONDS):
+            async with asyncio.timeout_at(start_time + GRACE_SECONDS):
                 await send(head)
-            # The empty last piece is sent when all others are on their way.
+            # The empty last piece is sent after all others have been written.
             for start in (*range(0, len(self.body), PIECE_BYTES), len(self.body)):
                 piece, more = self.body[start : start + PIECE_BYTES], start < len(self.body)
-                async with asyncio.timeout_at(began + GRACE_SECONDS + start / BYTES_PER_SECOND):
+                async with asyncio.timeout_at(
+                    start_time + GRACE_SECONDS + start / BYTES_PER_SECOND
+                ):
                     await send({"type": "http.response.body", "body": piece, "more_body": more})
-        except TimeoutError:  # the server closes a connection whose response is not complete
+        except TimeoutError:  # uvicorn closes a connection whose response is incomplete
             context_of(scope).outcome = ClientGone.slug

@@ -1,14 +1,14 @@
-"""What the OpenAPI document says beyond what FastAPI reads off the code: errors, bodies, flows."""
+"""Parts of the OpenAPI document that FastAPI cannot derive: errors, request body, response."""
 
 from typing import Any
 
-from gateway.body import FORM_FIELDS, JSON_FIELDS, MULTIPART
+from gateway.encoders import FORMATS, JSON
 from gateway.errors import MEDIA_TYPE, GatewayError
-from gateway.negotiation import FORMATS, JSON
+from gateway.fields import FORM_FIELDS, JSON_FIELDS, MULTIPART
 
 SCALE_HEADERS = ("X-Scale-X-Back-Factor", "X-Scale-Y-Back-Factor")
 
-# A black PNG of 16x16 pixels: whoever tries the example gets a flow.
+# A black PNG of 16x16 pixels, so that the example returns a flow.
 _EXAMPLE = (
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAA"
     "DUlEQVR42mNgGAXIAAABEAABf80DtQAAAABJRU5ErkJggg=="
@@ -16,7 +16,7 @@ _EXAMPLE = (
 
 
 def error_responses(*causes: type[GatewayError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` that declare these causes, with an example of each."""
+    """Return OpenAPI's `responses` for these causes, with an example of each."""
     responses: dict[int | str, dict[str, Any]] = {}
     for cause in causes:
         example = cause.problem(cause.__doc__ or "", None, "8a2f0c51d7e94b36")
@@ -51,8 +51,9 @@ def _images(fields: tuple[str, ...], kind: dict[str, Any]) -> dict[str, Any]:
 
 FLOW_REQUEST = {
     "required": True,
-    "description": "Two images of one size. JSON is read under any of the types that clients "
-    "send without saying so (`curl -d`, none at all).",
+    "description": "Two images of the same size. JSON is also accepted under the types that "
+    "clients send by default, such as that of `curl -d`, or without a type. The body may be "
+    "compressed with gzip, deflate or zstd (`Content-Encoding`).",
     "content": {
         JSON: {
             "schema": _images(
@@ -61,8 +62,7 @@ FLOW_REQUEST = {
                     "type": "string",
                     "format": "byte",
                     "minLength": 1,
-                    "description": "an image file in base64: plain or URL-safe, also with the "
-                    "prefix of a data URL",
+                    "description": "an image file in base64, plain or URL-safe, or a data URL",
                 },
             ),
             "example": dict.fromkeys(JSON_FIELDS, _EXAMPLE),
@@ -98,7 +98,7 @@ FLOW_RESPONSE = {
                         "type": "string",
                         "format": "byte",
                         "description": "with `direction=both`: a PNG of 1 bit a pixel, in base64, "
-                        "white where the second image does not show what the first one does",
+                        "white at the pixels of the first image that the second does not show",
                     },
                 },
             },

@@ -1,4 +1,4 @@
-"""Every setting of the gateway, read from environment variables."""
+"""All settings of the gateway, read from environment variables."""
 
 import os
 from typing import Annotated, Any
@@ -23,9 +23,9 @@ Words = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
-    """The gateway's settings; each one is the environment variable of its name, in capitals.
+    """The gateway's settings, each an environment variable: its name in capitals.
 
-    Names begin with `GATEWAY_`, except for those that the launcher and every platform share.
+    Those that other programs do not read too have the prefix `GATEWAY_`.
     """
 
     model_config = SettingsConfigDict(
@@ -46,12 +46,14 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(
         default=None,
         validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
-        description="OpenTelemetry collector (OTLP over HTTP) that gets the traces; "
-        "needs the `otel` extra; none: no traces",
+        description="OpenTelemetry collector (OTLP over HTTP) for traces; needs the `otel` extra; "
+        "empty: no traces",
     )
-    default_model: str = Field(default=MODEL_NAME, description="model without `?model=`")
+    default_model: str = Field(
+        default=MODEL_NAME, description="model of requests without `?model=`"
+    )
     image_formats: Words = Field(
-        default=["PNG", "JPEG", "WEBP"],
+        default=["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM"],
         min_length=1,
         description="accepted image formats, by Pillow's names, separated by commas",
     )
@@ -59,65 +61,78 @@ class Settings(BaseSettings):
         default=min(8, max(1, _CORES // 2)),
         gt=0,
         json_schema_extra={"shown_default": "half of the cores, at most 8"},
-        description="processes that serve; they share the limits of requests, bytes and threads",
+        description="processes; they share the limits of requests, bytes and threads",
     )
-    max_body_bytes: int = Field(default=64 * MIB, gt=0, description="longest request body")
+    max_body_bytes: int = Field(
+        default=64 * MIB,
+        gt=0,
+        description="largest request body in bytes, as sent and decompressed",
+    )
     max_image_pixels: int = Field(
         default=64_000_000,
         gt=0,
-        description="most pixels of an image, seen before decoding",
+        description="largest number of pixels of an image, checked before decoding",
     )
     max_native_pixels: int = Field(
         default=4 * MIB,
         gt=0,
-        description="most pixels of an image with `?size=native`, "
-        "its sides rounded up to multiples of 64",
+        description="largest number of pixels of an image with `?size=native`, "
+        "each side rounded up to a multiple of 64; a model may have a smaller limit",
     )
     max_in_flight: int = Field(
         default=16,
         gt=0,
-        description="requests decoded, inferred and encoded at one time; "
-        "a large image counts as several (one for each 16 MiB it takes)",
+        description="requests processed at the same time; "
+        "one with large images counts as several, one for each 16 MiB of memory",
     )
     max_waiting: int = Field(
-        default=64, ge=0, description="requests beyond those that may wait; the next one gets a 503"
+        default=64, ge=0, description="requests that may wait besides these; more get a 503"
     )
     max_buffered_bytes: int = Field(
         default=128 * MIB,
         gt=0,
-        description="request bodies held in memory, all requests together; "
-        "responses that wait to be read may take as much again",
+        description="bytes of request bodies in memory, all requests together; "
+        "responses that clients have not read may need as much again",
     )
     threads: int = Field(
         default=min(8, _CORES),
         gt=0,
         json_schema_extra={"shown_default": "cores, at most 8"},
-        description="threads that decode and encode",
+        description="threads for decoding and encoding",
     )
     default_timeout_s: float = Field(
-        default=30.0, gt=0, description="deadline of a request without `X-Request-Timeout`, seconds"
+        default=30.0,
+        gt=0,
+        description="deadline in seconds of requests without `X-Request-Timeout`",
     )
     max_timeout_s: float = Field(
         default=120.0,
         gt=0,
-        description="longest deadline that a client can ask for, seconds",
+        description="longest deadline in seconds that a client can ask for",
     )
-    retry_after_s: int = Field(default=1, gt=0, description="`Retry-After` of a 503, whole seconds")
+    retry_after_s: int = Field(default=1, gt=0, description="`Retry-After` of a 503 in seconds")
+    keep_alive_s: int = Field(
+        default=75,
+        gt=0,
+        description="seconds that an idle connection stays open between requests; "
+        "longer than the idle timeout of a load balancer in front, which is often 60",
+    )
     shutdown_delay_s: float = Field(
         default=1.0,
         ge=0,
-        description="seconds from SIGTERM, with `/readyz` failing, until no connection is accepted",
+        description="seconds from SIGTERM, when `/readyz` starts to fail, until no connection is "
+        "accepted",
     )
     shutdown_grace_s: int = Field(
         default=25, gt=0, description="seconds that requests in flight then have to finish"
     )
     api_keys_file: FilePath | None = Field(
         default=None,
-        description="file with one API key a line; none: no key is asked for",
+        description="file with one API key a line; empty: no key is required",
     )
     cors_origins: Words = Field(
         default=[],
-        description="origins allowed to browsers, separated by commas (`*`: all)",
+        description="origins allowed by CORS, separated by commas (`*`: all)",
     )
     log_level: Annotated[str, BeforeValidator(lambda value: str(value).upper())] = Field(
         default="INFO",
@@ -130,7 +145,7 @@ class Settings(BaseSettings):
         if self.max_buffered_bytes < self.max_body_bytes:
             raise ValueError(
                 f"GATEWAY_MAX_BUFFERED_BYTES ({self.max_buffered_bytes}) must be at least "
-                f"GATEWAY_MAX_BODY_BYTES ({self.max_body_bytes}), or no such body is ever accepted"
+                f"GATEWAY_MAX_BODY_BYTES ({self.max_body_bytes}), or no such body is accepted"
             )
         if self.max_timeout_s < self.default_timeout_s:
             raise ValueError(
@@ -140,7 +155,10 @@ class Settings(BaseSettings):
         return self
 
     def of_one_process(self) -> "Settings":
-        """The settings with one process' part of the limits: of bytes at least the longest body."""
+        """Return the settings with one process' share of the limits.
+
+        Its share of bytes is at least the largest body.
+        """
 
         def part(whole: int) -> int:
             return -(-whole // self.processes)
@@ -156,7 +174,7 @@ class Settings(BaseSettings):
 
 
 def table() -> str:
-    """The settings as a Markdown table: variable, default, meaning (the README holds a copy)."""
+    """Return the settings as a Markdown table, which docs/operations.md holds."""
     rows = ["| Variable | Default | Meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         variable = field.validation_alias or f"GATEWAY_{name}".upper()

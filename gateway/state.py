@@ -1,4 +1,4 @@
-"""What all requests of one gateway share, and how an endpoint gets at it."""
+"""State that all requests of a gateway share, and the dependency that gives it to an endpoint."""
 
 from typing import Annotated
 
@@ -6,13 +6,18 @@ from fastapi import Depends, Request
 
 from gateway.admission import Limits
 from gateway.cluster import Cluster
+from gateway.keys import ApiKeys
 from gateway.metrics import Metrics
 from gateway.settings import Settings
 from gateway.threads import Threads
 
 
 class State:
-    """One gateway's settings, limits, Tritons, metrics and threads."""
+    """Settings, budgets, Tritons, API keys, metrics and threads of a gateway.
+
+    Attributes:
+        stopping: True from SIGTERM on; `/readyz` then fails.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -20,6 +25,7 @@ class State:
             settings.max_in_flight, settings.max_waiting, settings.max_buffered_bytes
         )
         self.cluster = Cluster(settings.triton_endpoints, settings.default_model)
+        self.keys = ApiKeys(settings.api_keys_file)
         self.metrics = Metrics(self.limits, self.cluster)
         self.threads = Threads(settings.threads)
         self.stopping = False
@@ -31,4 +37,4 @@ async def _state_of(request: Request) -> State:
 
 
 SharedState = Annotated[State, Depends(_state_of)]
-"""An endpoint's parameter of this type is the application's state."""
+"""Type of a parameter that FastAPI fills with the application's state."""

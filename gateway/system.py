@@ -1,4 +1,4 @@
-"""What the gateway asks of the C library."""
+"""Settings of the C library."""
 
 import contextlib
 import ctypes
@@ -7,9 +7,11 @@ from gateway.settings import MIB
 
 
 def tune_malloc() -> None:
-    """Have glibc keep two heaps, not one of 64 MiB for each thread: what one thread has freed,
-    another can use, and the process needs half of the memory under load. And have it keep the
-    megabytes that a request frees for the next one: a system's pages cost up to 20 ms a request."""
+    """Make glibc's malloc share and keep memory.
+
+    Two heaps, instead of one of 64 MiB for each thread, halve the memory of the process under load.
+    Freed megabytes are kept for the next request: new pages cost up to 20 ms a request.
+    """
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(AttributeError):  # other C libraries
         mallopt = ctypes.CDLL(None).mallopt

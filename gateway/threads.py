@@ -1,4 +1,4 @@
-"""Threads for what takes a processor: decoding, resizing, encoding."""
+"""Thread pool for CPU work: decoding, resizing, encoding."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Threads:
-    """A number of threads for one event loop."""
+    """Thread pool of one event loop."""
 
     def __init__(self, count: int) -> None:
         self._executor = ThreadPoolExecutor(count, thread_name_prefix="gateway")
@@ -19,12 +19,10 @@ class Threads:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread.
 
-        Cancelled, it drops a call that has not begun, and waits for the end of one that has: a
-        thread cannot be stopped, and what it holds is to stay counted.
+        If this is cancelled, a call that has not begun is dropped. One that has begun is waited
+        for: a thread cannot be stopped, and its memory must stay counted.
         """
-        async with (
-            self._free
-        ):  # so that the executor has no queue, which would keep what is dropped
+        async with self._free:  # keeps the executor's queue empty, which would hold dropped calls
             call = asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
             try:
                 return await asyncio.shield(call)
@@ -33,5 +31,5 @@ class Threads:
                 raise
 
     def close(self) -> None:
-        """Take no more calls, and wait for none."""
+        """Accept no more calls, without waiting for those that run."""
         self._executor.shutdown(wait=False)

@@ -1,8 +1,8 @@
-"""OpenTelemetry traces, where a collector is configured (the `otel` extra).
+"""OpenTelemetry traces, if a collector is configured (the `otel` extra).
 
-One span for a request, with its stages as attributes; its `traceparent` goes to Triton, whose spans
-become its children. Nothing else of W3C's headers passes: `baggage` and `tracestate` are as long as
-a client likes. Without a collector a client's own `traceparent` goes to Triton as it came.
+Each request is a span, with its stages as attributes. Its `traceparent` is passed to Triton, whose
+spans become children. W3C's other headers, `baggage` and `tracestate`, are dropped, since clients
+choose their length. Without a collector a client's own `traceparent` is passed to Triton unchanged.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,11 @@ PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def provider(endpoint: str) -> TracerProvider:
-    """A provider that sends spans to an OTLP collector (base URL, without /v1/traces)."""
+    """Return a provider that sends spans to an OTLP collector.
+
+    Args:
+        endpoint: base URL of the collector, without /v1/traces.
+    """
     resource = Resource.create(
         {"service.name": "flownet2-gateway", "service.version": flownet2.__version__}
     )
@@ -34,9 +38,9 @@ def provider(endpoint: str) -> TracerProvider:
 
 @dataclass
 class TracingMiddleware:
-    """Wraps a request in a span, child of the client's, and leaves its context for Triton.
+    """Wrap each request in a span, a child of the client's, and pass its context to Triton.
 
-    At the end of the application it sends the spans that it still has.
+    Spans that are left at the end of the application are sent then.
     """
 
     app: ASGIApp
@@ -44,7 +48,7 @@ class TracingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":  # the life of the application
+        if scope["type"] != "http":  # lifespan: returns when the application ends
             await self.app(scope, receive, send)
             self.provider.shutdown()
             return

@@ -1,4 +1,4 @@
-"""Several processes on one port, by uvicorn's supervisor: it replaces one that died or hangs."""
+"""Several gateway processes on one port; uvicorn's supervisor replaces one that dies or hangs."""
 
 import contextlib
 import os
@@ -22,16 +22,17 @@ from gateway.metrics import SHARED_FOLDER
 from gateway.settings import Settings
 from gateway.system import tune_malloc
 
-ANNOUNCE = signal.SIGUSR1
-"""Tells a process that it will be asked to end: its `/readyz` fails from now on."""
+STOP_SOON = signal.SIGUSR1
+"""Signal to a process that will get SIGTERM soon: its `/readyz` fails from then on."""
 
 HANG_SECONDS = 30
-"""A process that says nothing for so long is replaced. Encoding a large flow as JSON holds Python's
-lock for most of a second, and several threads may do so in turns."""
+"""A process that does not answer the supervisor for this long is replaced. Encoding a large flow as
+JSON holds Python's lock for most of a second, and several threads may do so in succession."""
 
 
 class Supervisor(Multiprocess):
-    """Stops as one process does: first `/readyz` fails, after a delay nothing is accepted."""
+    """Supervisor that stops like a single process: `/readyz` fails first, and after a delay no
+    connections are accepted."""
 
     def __init__(
         self, config: uvicorn.Config, sockets: list[socket.socket], delay_s: float
@@ -40,15 +41,15 @@ class Supervisor(Multiprocess):
         self._delay_s = delay_s
 
     def handle_term(self) -> None:
-        """Begin to stop."""
+        """Start to stop."""
         for process in self.processes:
             if process.pid and process.exitcode is None:
-                os.kill(process.pid, ANNOUNCE)
+                os.kill(process.pid, STOP_SOON)
         self.should_exit.wait(self._delay_s)
         super().handle_term()
 
     def keep_subprocess_alive(self) -> None:
-        """Replace those that died, and forget their gauges."""
+        """Replace processes that died, and remove their gauges."""
         before = {process.pid for process in self.processes}
         super().keep_subprocess_alive()
         for pid in before - {process.pid for process in self.processes}:
@@ -56,19 +57,19 @@ class Supervisor(Multiprocess):
 
     @property
     def failed(self) -> bool:
-        """Whether a process could not start."""
+        """True if a process could not start."""
         return any(process.exitcode == STARTUP_FAILURE for process in self.processes)
 
 
 def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
-    """Serve until a signal ends it; the exit status.
+    """Serve until a signal arrives, and return the exit status.
 
     Args:
-        settings: those of all processes together.
-        listener: the socket that they accept connections from.
-        options: of uvicorn.
+        settings: settings of all processes together.
+        listener: socket on which they accept connections.
+        options: uvicorn's options.
     """
-    # In memory, and where a container without a writable disk has a place for it.
+    # /dev/shm is writable in containers with a read-only root too.
     with tempfile.TemporaryDirectory(prefix="gateway-metrics-", dir="/dev/shm") as folder:
         os.environ[SHARED_FOLDER] = folder
         config = uvicorn.Config(
@@ -84,17 +85,17 @@ def serve(settings: Settings, listener: socket.socket, **options: Any) -> int:
 
 
 def end_worker() -> NoReturn:
-    """End this process, and for a supervisor that was killed, remove what it could not."""
+    """End this process. If its supervisor was killed, remove the supervisor's folder."""
     if is_orphan():
         shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
-    # Without the threads that still decode what nobody waits for: nothing can stop them.
+    # Without waiting for threads of abandoned requests, which cannot be stopped.
     os._exit(0)
 
 
 def create_worker() -> FastAPI:
-    """The application in one of the processes, with its part of the limits."""
+    """Return the application of one process, with its share of the limits."""
     end_with_parent()
-    if is_orphan():  # before the kernel was asked to watch
+    if is_orphan():  # before the call above took effect
         end_worker()
     tune_malloc()
     settings = Settings()
@@ -112,5 +113,5 @@ def create_worker() -> FastAPI:
         app.state.gateway.stopping = True
 
     app.router.lifespan_context = until_the_end
-    signal.signal(ANNOUNCE, announce)
+    signal.signal(STOP_SOON, announce)
     return app

@@ -5,14 +5,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx2
 import numpy as np
 import psutil
 import pytest
-from tritonclient.grpc.service_pb2 import ModelInferResponse
+from tritonclient.grpc.service_pb2 import ModelInferResponse, ModelStatisticsResponse
+from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
+from benchmarks.instant import Instant
 from gateway.cluster import Cluster
 from gateway.endpoint import Endpoint, EndpointLost, check_flow, classify
 from gateway.errors import (
@@ -21,6 +26,7 @@ from gateway.errors import (
     InferenceUnavailable,
     ModelFailed,
     QueueFull,
+    UnknownModel,
 )
 from launch import triton, wheel
 from tests.support.gateway_stack import (
@@ -91,7 +97,7 @@ def test_meanings_as_triton_says_them(closed_form_triton: triton.Triton) -> None
     assert type(infer(address, "raising", 30)[0]) is ModelFailed
     assert type(infer(address, "slow", 0.3)[0]) is DeadlineExceeded
     assert type(infer("127.0.0.1:1", "flownet2", 5)[0]) is EndpointLost
-    outcomes = [type(one) for one in infer(address, "slow", 30, count=6)]
+    outcomes = [type(outcome) for outcome in infer(address, "slow", 30, count=6)]
     assert outcomes.count(np.ndarray) >= 1
     assert outcomes.count(QueueFull) >= 2
     assert set(outcomes) == {np.ndarray, QueueFull}
@@ -110,11 +116,98 @@ def test_no_flow_is_a_failure(outputs: list[dict[str, object]]) -> None:
         check_flow(ModelInferResponse(outputs=outputs), 1, 4, 5)
 
 
+class PartlyBroken(Instant):
+    """A Triton with three models; `faults` has the gRPC status of each call that fails."""
+
+    def __init__(self) -> None:
+        self.names = ["broken", "flownet2", "other"]
+        self.faults: dict[tuple[str, str], grpc.StatusCode] = {}
+
+    def ModelStatistics(self, _request: object, _context: object) -> object:
+        return ModelStatisticsResponse(model_stats=[{"name": name} for name in self.names])
+
+    def _call(self, call: str, name: str, request: object, context: grpc.ServicerContext) -> object:
+        if fault := self.faults.get((call, name)):
+            context.abort(fault, "a fault made on purpose")
+        return getattr(super(), call)(request, context)
+
+    def ModelMetadata(self, request: object, context: grpc.ServicerContext) -> object:
+        return self._call("ModelMetadata", request.name, request, context)
+
+    def ModelConfig(self, request: object, context: grpc.ServicerContext) -> object:
+        return self._call("ModelConfig", request.name, request, context)
+
+    def ModelInfer(self, request: object, context: grpc.ServicerContext) -> object:
+        return self._call("ModelInfer", request.model_name, request, context)
+
+
+@pytest.fixture
+def partly_broken() -> Iterator[tuple[PartlyBroken, str]]:
+    """The server and its address."""
+    servicer = PartlyBroken()
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield servicer, f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize("call", ["ModelMetadata", "ModelConfig"])
+@pytest.mark.parametrize("status", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE])
+def test_a_model_whose_description_fails_does_not_stop_the_others(
+    partly_broken: tuple[PartlyBroken, str], call: str, status: grpc.StatusCode
+) -> None:
+    servicer, address = partly_broken
+    servicer.faults[call, "broken"] = status
+
+    async def run() -> None:
+        cluster = Cluster([address], "flownet2")
+        await cluster.start()
+        assert cluster.models().keys() == {"flownet2", "other"}
+        assert "broken: " in cluster.endpoints[0].error
+        await cluster.close()
+
+    asyncio.run(run())
+
+
+def test_a_model_that_dies_does_not_stop_the_others(
+    partly_broken: tuple[PartlyBroken, str],
+) -> None:
+    """A request that finds its model dead leaves the others of the same Triton in service. Once
+    the dead one is unloaded, it is unknown."""
+    servicer, address = partly_broken
+
+    async def infer(cluster: Cluster, model: str) -> None:
+        deadline = asyncio.get_running_loop().time() + 30
+        await cluster.infer(model, IMAGE, IMAGE, deadline=deadline, request_id="t", headers={})
+
+    async def run() -> None:
+        cluster = Cluster([address], "flownet2")
+        await cluster.start()
+        servicer.faults["ModelInfer", "broken"] = grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(InferenceUnavailable):
+            await infer(cluster, "broken")
+        assert cluster.models().keys() == {"flownet2", "other"}
+        await infer(cluster, "other")
+        with pytest.raises(InferenceUnavailable):
+            cluster.require("broken")
+        servicer.names.remove("broken")
+        async with asyncio.timeout(20):
+            while cluster.endpoints[0].error:
+                await asyncio.sleep(0.05)
+        with pytest.raises(UnknownModel):
+            cluster.require("broken")
+        await cluster.close()
+
+    asyncio.run(run())
+
+
 def test_names_that_do_not_resolve_are_no_crash() -> None:
     async def run() -> None:
         cluster = Cluster(["nowhere.invalid:8001", "127.0.0.1:1"], "flownet2")
         await cluster.start()
-        assert [one.address for one in cluster.endpoints] == ["127.0.0.1:1"]
+        assert [endpoint.address for endpoint in cluster.endpoints] == ["127.0.0.1:1"]
         with pytest.raises(InferenceUnavailable):
             cluster.require("flownet2")
         await cluster.close()
@@ -145,7 +238,7 @@ def test_a_name_stands_for_its_addresses(closed_form_triton: triton.Triton) -> N
         cluster = Cluster([f"localhost:{closed_form_triton.address.grpc_port}"], "flownet2")
         await cluster.start()
         try:
-            serving = [one.address for one in cluster.endpoints if one.models]
+            serving = [endpoint.address for endpoint in cluster.endpoints if endpoint.models]
             assert serving == [closed_form_triton.address.grpc]
         finally:
             await cluster.close()
@@ -180,8 +273,8 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
                         responses.append(session.post(url, json=body))
 
             clients = [threading.Thread(target=client) for _ in range(4)]
-            for one in clients:
-                one.start()
+            for thread in clients:
+                thread.start()
             wait_until(lambda: "flownet2_slots_used 4.0" in httpx2.get(metrics).text)
             time.sleep(0.5)  # from their slots to Triton, which takes a second for each
             os.kill(victim.child.pid, signal.SIGKILL)
@@ -189,8 +282,8 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
             after = len(responses)
             wait_until(lambda: len(responses) >= after + 5)
             stop.set()
-            for one in clients:
-                one.join()
+            for thread in clients:
+                thread.join()
             assert "endpoint lost during a request" in (tmp_path / "log").read_text()
 
             with wheel.serve(repository, address=goes):  # one that comes back is used again
@@ -204,9 +297,9 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
 def stub_of(server: triton.Triton) -> psutil.Process:
     """The process in which a Triton runs its Python model."""
     return next(
-        one
-        for one in psutil.Process(server.child.pid).children(recursive=True)
-        if "stub" in one.name() or "stub" in " ".join(one.cmdline())
+        process
+        for process in psutil.Process(server.child.pid).children(recursive=True)
+        if "stub" in process.name() or "stub" in " ".join(process.cmdline())
     )
 
 
@@ -237,5 +330,5 @@ def test_a_model_that_is_dead_behind_a_ready_triton(tmp_path: Path) -> None:
             response = gateway.client.post("/estimate_flow/", json=body)
             assert response.status_code == 503
             assert response.headers["retry-after"] == "1"
-        errors = [one["error"] for one in gateway.client.get("/healthz").json()["triton"]]
-        assert all("does not answer" in error for error in errors)
+        servers = gateway.client.get("/healthz").json()["triton"]
+        assert all("does not answer" in server["error"] for server in servers)

@@ -25,14 +25,19 @@ from gateway.errors import (
 )
 from tests.support.gateway_stack import ROOT, encoded, picture
 from tests.support.hostile_images import (
+    avif_with_exif,
     bad_images,
     good_images,
+    grey_tiff,
     interlaced,
     no_palette,
     repetitive_exif,
+    tiff,
 )
 
-FORMATS = ["PNG", "JPEG", "WEBP"]
+CASES = ROOT.parent / "shared" / "cases" / "deep"
+
+FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM"]
 GOOD = dict(good_images())
 BAD = dict(bad_images())
 MAX_PIXELS = 64_000_000
@@ -79,6 +84,55 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     np.testing.assert_array_equal(scaled[..., 0], np.rint(ramp / 65535 * 255))
 
 
+@pytest.mark.parametrize("kind", ["pgm", "tiff", "tiff-deflate", "tiff-12-bit", "float", "png"])
+def test_deep_images_are_scaled_by_the_range_of_their_type(kind: str) -> None:
+    """Whatever the file's type, the pixels are those of the 8-bit image, not clipped ones."""
+    ramp = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+    deep = np.rint(ramp * 65535).astype(np.uint16)
+    file = {
+        "pgm": lambda: b"P5 64 48 65535\n" + deep.astype(">u2").tobytes(),
+        "tiff": lambda: encoded(Image.fromarray(deep), "TIFF"),
+        "tiff-deflate": lambda: encoded(Image.fromarray(deep), "TIFF", compression="tiff_deflate"),
+        "tiff-12-bit": lambda: tiff(grey_tiff(bits=12), twelve_bits(np.rint(ramp * 4095))),
+        "float": lambda: encoded(Image.fromarray(ramp.astype(np.float32)), "TIFF"),
+        "png": lambda: encoded(Image.fromarray(deep)),
+    }[kind]()
+    scaled = prepare(file, native=True)[..., 0]
+    assert np.abs(scaled - ramp * 255).max() <= 0.55
+    assert (scaled.min(), scaled.max()) == (0, 255)
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """Pairs of 12-bit values in three bytes each."""
+    first, second = values.astype(np.uint16).reshape(-1, 2).T
+    parts = (first >> 4, (first & 15) << 4 | second >> 8, second & 255)
+    return np.stack(parts, axis=1).astype(np.uint8).tobytes()
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the folder shared/cases is not there")
+@pytest.mark.parametrize("kind", ["g16_{}.pgm", "f01_{}.tif", "g16_{}.png"])
+def test_deep_cases(kind: str) -> None:
+    for index in (0, 1):
+        deep = prepare((CASES / kind.format(index)).read_bytes(), native=True).astype(int)
+        plain = prepare((CASES / f"g8_{index}.png").read_bytes(), native=True)
+        assert np.abs(deep - plain).max() <= 1
+
+
+def test_orientation_of_tiff_and_avif_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for format in ("TIFF", "AVIF"):
+        file = encoded(picture(1, 64, 48), format, exif=exif)
+        assert prepare(file, native=True).shape[:2] in ((48, 64),), format
+
+
+def test_no_message_holds_the_address_of_an_object() -> None:
+    for name, file in BAD.items():
+        with pytest.raises(GatewayError) as caught:
+            prepare(file)
+        assert " at 0x" not in caught.value.detail, name
+
+
 def test_interlaced_has_the_pixels_of_the_plain_file() -> None:
     grey = np.asarray(picture(4, 37, 29, mode="L"))
     np.testing.assert_array_equal(prepare(interlaced(grey), native=True)[..., 1], grey)
@@ -94,6 +148,8 @@ def test_metadata_is_not_looked_at() -> None:
     """Pillow would warn, which is an error here, of each tag of this EXIF."""
     file = encoded(picture(1), "JPEG", exif=repetitive_exif())
     np.testing.assert_array_equal(prepare(file), as_before(encoded(picture(1), "JPEG")))
+    file = avif_with_exif(picture(1))
+    np.testing.assert_array_equal(prepare(file), as_before(encoded(picture(1), "AVIF")))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +157,31 @@ def test_metadata_is_not_looked_at() -> None:
     [
         ("text", NotAnImage),
         ("zeros", NotAnImage),
-        ("gif", UnsupportedImageFormat),
-        ("tiff", UnsupportedImageFormat),
+        ("base64", NotAnImage),
+        ("ico", NotAnImage),
         ("pdf", UnsupportedImageFormat),
+        ("jpeg2000", UnsupportedImageFormat),
+        ("animated-gif", AnimatedImage),
+        ("animated-avif", AnimatedImage),
+        ("animated-tiff", AnimatedImage),
+        ("tiff-endless-pages", AnimatedImage),
+        ("tiff-jpeg", UnsupportedImageFormat),
+        ("tiff-of-signed", UnsupportedImageFormat),
+        ("tiff-of-integers", UnsupportedImageFormat),
+        ("tiff-of-unsigned-32", UnsupportedImageFormat),
+        ("tiff-nan", UnsupportedImageFormat),
+        ("tiff-255", UnsupportedImageFormat),
+        ("tiff-overlapping-strips", DamagedImage),
+        ("tiff-huge-tile", DamagedImage),
+        ("tiff-bomb", ImageTooLarge),
+        ("gif-many-blocks", DamagedImage),
+        ("gif-bomb", ImageTooLarge),
+        ("bmp-run-lengths", UnsupportedImageFormat),
+        ("bmp-bomb", ImageTooLarge),
+        ("ppm-of-text", UnsupportedImageFormat),
+        ("pgm-of-10-bits", UnsupportedImageFormat),
+        ("ppm-bomb", ImageTooLarge),
+        ("avif-many-boxes", DamagedImage),
         ("animated-webp", AnimatedImage),
         ("animated-png", AnimatedImage),
         ("bomb-by-size", ImageTooLarge),
@@ -163,12 +241,13 @@ def test_native_limits() -> None:
 DECODE = """
 import sys
 from gateway import images
-images.configure_pillow(64_000_000, ["PNG", "JPEG", "WEBP"])
+FORMATS = sys.argv[2].split(",")
+images.configure_pillow(64_000_000, FORMATS)
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 file = open(sys.argv[1], "rb").read()
-image = images.open_pair({"a": file, "b": file}, ["PNG", "JPEG", "WEBP"], 64_000_000)["a"]
+image = images.open_pair({"a": file, "b": file}, FORMATS, 64_000_000)["a"]
 counted, before = images.working_bytes({"a": image}, native=False), peak()
 images.to_rgb(images.load(image, "a"), "a", native=False)
 print(counted, peak() - before)
@@ -185,6 +264,16 @@ print(counted, peak() - before)
         ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
         ("CMYK", "JPEG", {"progressive": True, "subsampling": 0}),
         ("RGB", "WEBP", {"method": 0}),
+        ("RGB", "AVIF", {"speed": 10}),
+        ("RGBA", "AVIF", {"speed": 10}),
+        ("RGB", "BMP", {}),
+        ("L", "GIF", {}),
+        ("RGB", "PPM", {}),
+        ("I;16", "PPM", {}),
+        ("RGB", "TIFF", {"compression": "tiff_deflate"}),
+        ("RGB", "TIFF", {"compression": "tiff_lzw", "strip_size": 2**30}),
+        ("I;16", "TIFF", {}),
+        ("F", "TIFF", {}),
     ],
 )
 def test_memory_is_counted_as_it_is_used(
@@ -192,7 +281,7 @@ def test_memory_is_counted_as_it_is_used(
 ) -> None:
     """What decoding takes is no more than what is counted, and what every request may take."""
     (tmp_path / "file").write_bytes(encoded(Image.new(mode, (3000, 2000)), format, **options))
-    command = [sys.executable, "-c", DECODE, str(tmp_path / "file")]
+    command = [sys.executable, "-c", DECODE, str(tmp_path / "file"), ",".join(FORMATS)]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     counted, used = map(int, output.split())
     assert used < counted + SLOT_BYTES
@@ -234,7 +323,18 @@ def test_mutated_files_never_crash(
 )
 @given(
     head=st.sampled_from(
-        [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x20\0\0\0WEBPVP8 ", b"GIF89a"]
+        [
+            b"",
+            b"\x89PNG\r\n\x1a\n",
+            b"\xff\xd8\xff",
+            b"RIFF\x20\0\0\0WEBPVP8 ",
+            b"GIF89a",
+            b"BM",
+            b"II*\0\x08\0\0\0",
+            b"MM\0*\0\0\0\x08",
+            b"P5 ",
+            b"\0\0\0\x18ftypavif",
+        ]
     ),
     tail=st.binary(max_size=300),
 )

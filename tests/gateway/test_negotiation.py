@@ -5,8 +5,9 @@ import gzip
 import pytest
 import zstandard
 
+from gateway.encoders import ENCODINGS
 from gateway.errors import NotAcceptable
-from gateway.negotiation import ENCODINGS, choose_encoding, choose_format
+from gateway.negotiation import choose_encoding, choose_format
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,13 @@ from gateway.negotiation import ENCODINGS, choose_encoding, choose_format
         ("*/*", "application/json"),
         ("application/*", "application/json"),
         ("Application/X-NPY", "application/x-npy"),
-        ("image/*", "image/x-kitti-flow"),
+        ("image/*", "image/png"),
+        ("image/x-kitti-flow, image/*;q=0.5", "image/x-kitti-flow"),
+        # <img> in Chromium, Firefox and Safari, and a page's address in Chromium.
+        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "image/png"),
+        ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", "image/png"),
+        ("image/webp,image/avif,image/jxl,video/*;q=0.8,image/png,image/*;q=0.8", "image/png"),
+        ("text/html,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", "application/json"),
         ("image/png", "image/png"),
         ("text/html, image/png;q=0.5, */*;q=0.1", "image/png"),
         ("application/json;q=0.5, application/x-flo", "application/x-flo"),

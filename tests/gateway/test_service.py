@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +25,10 @@ import zstandard
 from PIL import Image
 
 from flownet2 import measures
+from flownet2.colours import colours
 from launch import triton
 from tests.support.gateway_stack import (
+    ROOT,
     Gateway,
     as_json,
     encoded,
@@ -37,6 +40,7 @@ from tests.support.gateway_stack import (
 from tests.support.hostile_images import bad_images, no_palette
 
 PATH = "/estimate_flow/"
+CASES = ROOT.parent / "shared" / "cases" / "http"
 FIRST, SECOND = picture(1, 200, 120), picture(2, 200, 120)
 BODY = as_json(encoded(FIRST), encoded(SECOND))
 FILES = {"image1": encoded(FIRST), "image2": encoded(SECOND)}
@@ -108,6 +112,41 @@ class TestResponses:
         plain = gateway.client.post(PATH, json=BODY, headers={"Accept-Encoding": "identity"})
         assert "content-encoding" not in plain.headers
         assert decode(raw) == plain.content
+
+    @pytest.mark.parametrize(
+        ("coding", "compress"),
+        [("gzip", gzip.compress), ("deflate", zlib.compress), ("zstd", zstandard.compress)],
+    )
+    def test_compressed_requests(
+        self, gateway: Gateway, coding: str, compress: Callable[[bytes], bytes]
+    ) -> None:
+        content = json.dumps(BODY).encode()
+        headers = {"Content-Encoding": coding}
+        response = gateway.client.post(PATH, content=compress(content), headers=headers)
+        assert response.content == gateway.client.post(PATH, content=content).content
+
+    def test_an_image_element_gets_the_picture(self, gateway: Gateway) -> None:
+        headers = {"Accept": "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"}
+        response = gateway.client.post(PATH, json=BODY, headers=headers)
+        assert response.headers["content-type"] == "image/png"
+        with Image.open(io.BytesIO(response.content)) as image:
+            assert image.mode == "RGB"
+            assert image.getpixel((0, 0)) == pytest.approx(
+                tuple(colours(expected_flow(FIRST, SECOND))[0, 0]), abs=1
+            )
+
+    @pytest.mark.skipif(not CASES.is_dir(), reason="the folder shared/cases is not there")
+    @pytest.mark.parametrize("name", ["bom", "utf16le", "repr"])
+    def test_bodies_of_public_reports(self, gateway: Gateway, name: str) -> None:
+        response, plain = (
+            gateway.client.post(PATH, content=(CASES / f"{case}.json").read_bytes())
+            for case in (name, "plain")
+        )
+        if name == "repr":
+            check_problem(response, 422, "bad-base64", "image1_base64")
+            assert "b'" in response.json()["detail"]
+        else:
+            assert response.content == plain.content
 
     @pytest.mark.parametrize("size", ["512", "native"])
     def test_binary_formats_agree(self, gateway: Gateway, size: str) -> None:
@@ -198,15 +237,12 @@ class TestResponses:
             "weights_source": "closed form",
             "weights_license": "GPL-3.0-or-later",
             "model_sha256": None,
+            "max_pixels": None,
             "default": True,
         }
-        assert models.keys() == {
-            "flownet2",
-            "slow",
-            "nan",
-            "far",
-            "raising",
-        }  # those that keep the contract
+        assert models["limited"]["max_pixels"] == 512 * 512
+        # Those that keep the contract.
+        assert models.keys() == {"flownet2", "limited", "slow", "nan", "far", "raising"}
 
 
 class TestErrors:
@@ -269,7 +305,8 @@ class TestErrors:
             ),
             ({"Content-Type": "image/png"}, 415, "unsupported-media-type", "Content-Type"),
             ({"Content-Type": "multipart/form-data"}, 400, "bad-multipart", "Content-Type"),
-            ({"Content-Encoding": "gzip"}, 415, "unsupported-media-type", "Content-Encoding"),
+            ({"Content-Encoding": "br"}, 415, "unsupported-media-type", "Content-Encoding"),
+            ({"Content-Encoding": "gzip"}, 400, "bad-encoding", "Content-Encoding"),
             ({"X-Request-Timeout": "soon"}, 422, "invalid-parameter", "X-Request-Timeout"),
             ({"X-Request-Timeout": "-1"}, 422, "invalid-parameter", "X-Request-Timeout"),
             ({"X-Request-Timeout": "nan"}, 422, "invalid-parameter", "X-Request-Timeout"),
@@ -292,7 +329,7 @@ class TestErrors:
         check_problem(response, 422, "invalid-parameter", "size")
         response = client.post(PATH, params={"model": "nosuch"}, json=BODY)
         check_problem(response, 404, "unknown-model", "model")
-        assert "far, flownet2, nan, raising, slow" in response.json()["detail"]
+        assert "far, flownet2, limited, nan, raising, slow" in response.json()["detail"]
         check_problem(
             client.post(PATH, params={"model": "wrong_type"}, json=BODY),
             404,
@@ -309,6 +346,22 @@ class TestErrors:
             PATH, params={"size": "native"}, files={"image1": small, "image2": small}
         )
         check_problem(response, 422, "image-too-small", "image1")
+
+    def test_the_pixel_limit_of_a_model(self, gateway: Gateway) -> None:
+        def post(width: int, height: int, **query: str) -> httpx2.Response:
+            files = {f"image{i}": encoded(picture(i, width, height)) for i in (1, 2)}
+            headers = {"Accept": "application/x-npz"}
+            query = {"model": "limited", **query}
+            return gateway.client.post(PATH, params=query, files=files, headers=headers)
+
+        assert post(800, 600).status_code == 200  # resized to 512x512
+        assert post(500, 512, size="native").status_code == 200
+        assert post(500, 512, size="native", direction="both").status_code == 200
+        for size in ((513, 512), (100, 2049)):
+            response = post(*size, size="native")
+            check_problem(response, 413, "image-too-large", "image1")
+            assert "262144" in response.json()["detail"]
+            assert "limited" in response.json()["detail"]
 
     def test_body_limit_counts_what_comes(self, gateway: Gateway) -> None:
         def endless() -> object:
@@ -508,6 +561,12 @@ class TestOtherSettings:
         ) as gateway:
             client = gateway.client
             wait_until(lambda: gateway.get("/readyz") == 200)
+            assert client.get("/healthz").json() == {"status": "ok"}
+            assert client.get("/healthz", headers={"X-API-Key": "wrong"}).json().keys() == {
+                "status"
+            }
+            detailed = client.get("/healthz", headers={"X-API-Key": "first-key"}).json()
+            assert detailed["triton"][0]["address"] == closed_form_triton.address.grpc
             for path in ("/models", "/metrics", PATH):
                 response = client.request("POST" if path == PATH else "GET", path)
                 check_problem(response, 401, "unauthorized")
@@ -582,6 +641,58 @@ class TestOtherSettings:
                     with contextlib.suppress(OSError):
                         half.sendall(b"GET /livez HTTP/1.1\r\n" if not ended else b"")
 
+    def test_idle_connections_outlive_the_limit_of_a_head(self, tmp_path: Path) -> None:
+        """An idle connection is closed after its own time. A head that has begun gets five seconds,
+        also on a connection that was idle."""
+        get = b"GET /livez HTTP/1.1\r\nHost: a\r\n"
+
+        def ask(line: socket.socket) -> None:
+            line.sendall(get + b"\r\n")
+            response = b""
+            while not response.endswith(b'{"status":"ok"}'):
+                response += line.recv(4096)
+
+        with run_gateway("127.0.0.1:1", tmp_path / "log", GATEWAY_KEEP_ALIVE_S="8") as gateway:
+            address = ("127.0.0.1", int(gateway.url.rpartition(":")[2]))
+            with contextlib.ExitStack() as stack:
+                idle, half = (
+                    stack.enter_context(socket.create_connection(address)) for _ in range(2)
+                )
+                for line in (idle, half):
+                    line.settimeout(30)
+                    ask(line)
+                answered = time.monotonic()
+                half.sendall(get)
+                assert half.recv(1) == b""
+                assert 4 < time.monotonic() - answered < 7
+                ask(idle)  # after longer than a head may take
+                answered = time.monotonic()
+                assert idle.recv(1) == b""
+                assert 7 < time.monotonic() - answered < 15
+
+    @pytest.mark.parametrize("host", ["::", "[::1]", "localhost", "x86_64-conda-linux-gnu"])
+    def test_hosts(self, tmp_path: Path, host: str) -> None:
+        """IPv6 addresses and names; one that does not resolve is ignored with a warning."""
+        with run_gateway("127.0.0.1:1", tmp_path / "log", HOST=host) as gateway:
+            port = gateway.url.rpartition(":")[2]
+            addresses = {"::": ["127.0.0.1", "[::1]"], "[::1]": ["[::1]"]}.get(host, ["127.0.0.1"])
+            for address in addresses:
+                assert httpx2.get(f"http://{address}:{port}/livez").status_code == 200
+        assert ("does not resolve" in (tmp_path / "log").read_text()) == ("conda" in host)
+
+    def test_pythons_warnings_are_lines_of_json(self, tmp_path: Path) -> None:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import threading, warnings\n"
+            "def warn(): warnings.warn('made on purpose', UserWarning)\n"
+            "threading.Timer(3, warn).start()\n"
+        )
+        log = tmp_path / "log"
+        with run_gateway("127.0.0.1:1", log, PYTHONPATH=str(tmp_path)):
+            wait_until(lambda: "made on purpose" in log.read_text())
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        (warning,) = (line for line in lines if line["message"] == "made on purpose")
+        assert (warning["level"], warning["category"]) == ("warning", "UserWarning")
+
     def test_slow_readers_are_counted(
         self, closed_form_triton: triton.Triton, tmp_path: Path
     ) -> None:
@@ -645,7 +756,7 @@ class TestOtherSettings:
         ]
         span = next(span for span in spans if span.name == "POST /estimate_flow/")
         assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
-        attributes = {one.key for one in span.attributes}
+        attributes = {attribute.key for attribute in span.attributes}
         assert {"flownet2.outcome", "flownet2.stage.infer_ms"} <= attributes
 
     @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def write_repository(folder: Path) -> Path:
         weights_license="GPL-3.0-or-later",
     )
     write_model(folder, "slow", queue=2, delay_s=2, journal=folder / "journal")
+    write_model(folder, "limited", max_pixels=512 * 512)
     write_model(folder, "nan", fault="nan")
     write_model(folder, "far", fault="far")
     write_model(folder, "raising", fault="raise")
@@ -93,7 +94,8 @@ class Gateway:
     def __init__(
         self, endpoints: str, log: Path, *, descriptors: int | None = None, **environment: str
     ) -> None:
-        self.url = f"http://127.0.0.1:{environment.setdefault('PORT', str(free_port()))}"
+        host = "[::1]" if environment.get("HOST") == "[::1]" else "127.0.0.1"
+        self.url = f"http://{host}:{environment.setdefault('PORT', str(free_port()))}"
         self.log = log
         clean = {
             key: value
