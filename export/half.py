@@ -1,7 +1,7 @@
-"""Half precision, which GPUs serve: a network's float32 file with its blocks in float16.
+"""Conversion of a network's float32 file to half precision, which GPUs serve.
 
-Convolutions, and what joins their features, are float16; images, flow and warp stay float32, since
-float16 could not tell the coordinates of the warp apart.
+Convolutions, and the operators that only pass on their features, become float16. Images, flow and
+warp stay float32: float16 cannot resolve the coordinates of the warp.
 """
 
 from typing import Any
@@ -10,17 +10,29 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from flownet2.errors import Error
+
 COMPUTE = {"Conv", "ConvTranspose", "Correlation"}
-FOLLOW = {"LeakyRelu", "Concat"}  # float16 where all that they read is
+FOLLOW = {"LeakyRelu", "Concat"}  # float16 if all their inputs are
 
 
-def is_half(model: onnx.ModelProto) -> bool:
-    """Whether :func:`to_half` made the model."""
-    return any(entry.key == "precision" and entry.value == "fp16" for entry in model.metadata_props)
+class HalfError(Error):
+    """A network cannot be converted to half precision."""
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The float32 model with float16 blocks; its metadata says ``precision`` ``fp16``."""
+    """Return the float32 model with float16 blocks, and ``precision`` ``fp16`` in its metadata.
+
+    Raises:
+        HalfError: the network has control flow.
+    """
+    if any(
+        a.type == onnx.AttributeProto.GRAPH for node in model.graph.node for a in node.attribute
+    ):
+        raise HalfError(
+            "the network has loops or branches, which are not converted to half precision: export "
+            "it with --precision fp32"
+        )
     half = onnx.ModelProto()
     half.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in half.graph.initializer}
@@ -29,7 +41,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     made: dict[str, onnx.TensorProto | None] = {}
 
     def converted(name: str, to: int) -> str:
-        """The tensor's name in another type; the first time, what makes it."""
+        """Return the tensor's name in another type, and add its conversion the first time."""
         new = f"{name}/{'half' if to == TensorProto.FLOAT16 else 'float'}"
         if new not in made:
             if name in weights:
@@ -66,7 +78,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _compute_in_float(function: onnx.FunctionProto) -> None:
-    """Let a function of float32 read and give float16: the correlation's sums are float32."""
+    """Let a float32 function read and return float16; the correlation sums in float32."""
     inside = {name: f"{name}/float" for name in function.input}
     outside = {name: f"{name}/float" for name in function.output}
     for node in function.node:
@@ -84,7 +96,7 @@ def _compute_in_float(function: onnx.FunctionProto) -> None:
 
 
 def _replace(field: Any, values: list[Any]) -> None:
-    """Give a repeated field of a message other values."""
+    """Replace the values of a repeated field."""
     values = list(values)
     del field[:]
     field.extend(values)

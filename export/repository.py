@@ -13,11 +13,12 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
 from export.golden import write_golden
-from export.half import is_half, to_half
+from export.half import to_half
 from flownet2 import contract
 
 TEMPLATE = Path(__file__).parents[1] / "model_repository" / "flownet2"
@@ -27,7 +28,12 @@ DESCRIPTION, GOLDEN = "description.pbtxt", "golden.npz"
 
 
 def write_model(
-    repository: Path, name: str, model: onnx.ModelProto, description: Mapping[str, str]
+    repository: Path,
+    name: str,
+    model: onnx.ModelProto,
+    description: Mapping[str, str],
+    precision: Literal["fp32", "fp16"] = "fp32",
+    reduce: bool = True,
 ) -> Path:
     """Write ``<repository>/<name>`` with its configurations and version 1.
 
@@ -35,9 +41,14 @@ def write_model(
     only where they differ.
 
     Args:
+        model: the network in float32. Its golden pair has this flow, whatever runs it.
         description: parameters of the served model, where the gateway's list of models finds them:
             ``network``, ``parameters``, ``weights_source``, ``weights_license``. With them goes
             ``model_sha256``, of the network with its weights.
+        precision: of ``model.onnx``, which CPUs run.
+        reduce: let GPUs run half precision and CPUs bfloat16 in the wide convolutions. Without it,
+            and with `precision` "fp32", no ``model_fp16.onnx`` is written, which tells the engines
+            to run float32.
 
     Returns:
         The model's folder.
@@ -53,17 +64,23 @@ def write_model(
     with replacing(version / DESCRIPTION) as new:
         text = as_parameters({**description, "model_sha256": digest})
         new.write_text(text, encoding="utf-8")
-    with replacing(version / HALF_MODEL) as new:
-        onnx.save(model if is_half(model) else to_half(model), new)
+    half = to_half(model) if reduce or precision == "fp16" else None
     with replacing(version / MODEL) as new:
         onnx.save(model, new)
         with replacing(version / GOLDEN) as golden:
             write_golden(new, golden)
+        if half and precision == "fp16":
+            onnx.save(half, new)
+    if half:
+        with replacing(version / HALF_MODEL) as new:
+            onnx.save(half, new)
+    else:
+        (version / HALF_MODEL).unlink(missing_ok=True)
     return folder
 
 
 def as_parameters(description: Mapping[str, str]) -> str:
-    """The text of a ``config.pbtxt``'s parameters."""
+    """Return parameters as the text of a ``config.pbtxt``."""
     quoted = ((key, json.dumps(value, ensure_ascii=False)) for key, value in description.items())
     return "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}\n'
@@ -80,7 +97,7 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path to write to, which then takes the target's place at once."""
+    """Yield a path to write to, which replaces the target at once at the end."""
     new = target.with_name(f".{target.name}.new")
     try:
         yield new

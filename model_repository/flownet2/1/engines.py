@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -101,12 +101,27 @@ class Golden:
         return difference
 
 
+def feature_bytes(metadata: Mapping[str, str], pixels: int, usual: float) -> float:
+    """Estimate the bytes of a network's features for an image.
+
+    Args:
+        metadata: of the ONNX file. In that of a network that is not FlowNet's, ``memory`` holds
+            measured bytes per pixel, and per pixel squared (all-pairs correlations).
+        pixels: of the image.
+        usual: bytes per pixel of the other networks.
+    """
+    linear, square = map(float, metadata.get("memory", f"{usual} 0").split())
+    return linear * pixels + square * pixels**2
+
+
 Candidate = tuple[str, Callable[[], Engine]]
 """An engine's description and its constructor."""
 
 
 def candidates(folder: Path, gpu: int | None) -> Iterator[Candidate]:
     """Yield the engines that may run a model, by preference.
+
+    A model without a ``model_fp16.onnx`` runs in float32 only.
 
     Args:
         folder: the model's version folder.
@@ -123,7 +138,8 @@ def candidates(folder: Path, gpu: int | None) -> Iterator[Candidate]:
         yield "ONNX Runtime", on_gpu
     from .openvino_engine import OpenVinoEngine, precisions  # noqa: PLC0415
 
-    for precision in precisions():
+    reduced = (folder / "model_fp16.onnx").is_file()
+    for precision in precisions() if reduced else ["fp32"]:
         create = functools.partial(OpenVinoEngine, folder / "model.onnx", precision)
         yield f"OpenVINO in {precision}", create
 

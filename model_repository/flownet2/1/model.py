@@ -10,6 +10,7 @@ the exporter puts a copy beside them. It copies all of them to models of other n
 
 import contextlib
 import ctypes
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,13 @@ sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 import numpy as np  # noqa: E402
 
-from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, MINIMUM_SIDE  # noqa: E402
+from flownet2.contract import (  # noqa: E402
+    FLOW_OUTPUT,
+    IMAGE_INPUTS,
+    MINIMUM_SIDE,
+    SIZE_MULTIPLE,
+    adapted,
+)
 
 from .engines import Flow, Golden, Images, candidates, first_that_is_right  # noqa: E402
 from .stub_guard import guard, is_possible  # noqa: E402
@@ -73,6 +80,7 @@ class TritonPythonModel:
         folder = Path(arguments["model_repository"]) / version
         on_gpu = arguments["model_instance_kind"] == "GPU"
         gpu = int(arguments["model_instance_device_id"]) if on_gpu else None
+        self._max_pixels = _max_pixels(arguments["model_config"])
         self.engine, difference = first_that_is_right(
             candidates(folder, gpu),
             Golden.read(folder / "golden.npz"),
@@ -106,7 +114,8 @@ class TritonPythonModel:
         accepted: list[tuple[int, Images, Images]] = []
         for index, request in enumerate(requests):
             tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in IMAGE_INPUTS]
-            problem = _problem(*(tensor.shape() for tensor in tensors))
+            shape1, shape2 = (tensor.shape() for tensor in tensors)
+            problem = _problem(shape1, shape2, self._max_pixels)
             if request.is_cancelled():
                 responses[index] = _failure(
                     "cancelled by the client", pb_utils.TritonError.CANCELLED
@@ -156,12 +165,26 @@ def _joined(images: list[Images]) -> Images:
     return images[0] if len(images) == 1 else np.concatenate(images)
 
 
-def _problem(shape1: Sequence[int], shape2: Sequence[int]) -> str | None:
+def _max_pixels(configuration: str) -> int | None:
+    """Read the largest number of pixels from the model's configuration, if it has one."""
+    parameters = json.loads(configuration).get("parameters", {})
+    return int(parameters["max_pixels"]["string_value"]) if "max_pixels" in parameters else None
+
+
+def _problem(shape1: Sequence[int], shape2: Sequence[int], max_pixels: int | None) -> str | None:
     if shape1 != shape2:
         return f"image1 and image2 differ in size: {_size(shape1)} and {_size(shape2)}"
     if min(shape1[1:3]) < MINIMUM_SIDE:
         return f"images of {_size(shape1)} are too small: {MINIMUM_SIDE}x{MINIMUM_SIDE} at least"
-    return None if is_possible(shape1) else f"images of {_size(shape1)} are too large"
+    if not is_possible(shape1):
+        return f"images of {_size(shape1)} are too large"
+    pixels = adapted(shape1[1]) * adapted(shape1[2])
+    if max_pixels and pixels > max_pixels:
+        return (
+            f"images of {_size(shape1)} are too large: with sides rounded up to multiples of "
+            f"{SIZE_MULTIPLE} they have {pixels} pixels, and {max_pixels} is the most"
+        )
+    return None
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ import onnxruntime
 
 from flownet2.contract import BATCH_EDGE, FLOW_OUTPUT, IMAGE_INPUTS, MAX_BATCH_SIZE, adapted
 
-from .engines import EngineError, Flow, Images
+from .engines import EngineError, Flow, Images, feature_bytes
 from .planned import PlannedShapes, Shape
 
 CUDA = "CUDAExecutionProvider"
@@ -53,12 +53,14 @@ class OnnxRuntimeEngine:
         self._kind, self._number = ("cuda", gpu) if self._cuda else ("cpu", 0)
         self.device = f"cuda:{gpu}" if self._cuda else "cpu"
         self._provider = provider
-        self._path = folder / "model_fp16.onnx"
+        half = folder / "model_fp16.onnx"
+        self._path = half if half.is_file() else folder / "model.onnx"
         self._any_shape = self._session()
         if self._any_shape.get_providers()[0] != provider:
             raise EngineError(f"ONNX Runtime does not load its {provider}; its log says why")
-        metadata = self._any_shape.get_modelmeta().custom_metadata_map
-        self.precision = metadata.get("precision", "fp32")
+        self._metadata = self._any_shape.get_modelmeta().custom_metadata_map
+        self.precision = self._metadata.get("precision", "fp32")
+        self._pairs = int(self._metadata.get("batch", MAX_BATCH_SIZE))
         self._recent: deque[Shape] = deque(maxlen=RECENT)
         self._planned = PlannedShapes(self._plan, self._memory, PLANNED_BYTES)
 
@@ -68,7 +70,7 @@ class OnnxRuntimeEngine:
         Pairs of up to 576x576 run in batches, larger ones fill the GPU one by one.
         """
         flow = np.empty((*image1.shape[:3], 2), np.float32)
-        for part in batches(image1.shape):
+        for part in batches(image1.shape, self._pairs):
             run = self._run_for(image1[part].shape)
             flow[part] = run(image1[part], image2[part])
         return flow
@@ -88,8 +90,8 @@ class OnnxRuntimeEngine:
     def _memory(self, shape: Shape) -> int:
         """Return the bytes that a plan occupies on the GPU: its weights, and features."""
         batch, height, width = shape[:3]
-        pixels = batch * adapted(height) * adapted(width)
-        return self._path.stat().st_size + PIXEL_BYTES * pixels
+        features = feature_bytes(self._metadata, adapted(height) * adapted(width), PIXEL_BYTES)
+        return self._path.stat().st_size + int(batch * features)
 
     def _plan(self, shape: Shape) -> Run:
         """Return the fixed session of a shape, or if it cannot be made, that for any shape."""
@@ -164,10 +166,10 @@ def runtime_errors() -> Iterator[None]:
         raise RuntimeError(str(error)) from error
 
 
-def batches(shape: Shape) -> Iterator[slice]:
+def batches(shape: Shape, largest: int = MAX_BATCH_SIZE) -> Iterator[slice]:
     """Cut a batch into parts that run at once: powers of two, so that few shapes recur."""
     batch, height, width = shape[:3]
-    size = MAX_BATCH_SIZE if max(height, width) <= BATCH_EDGE else 1
+    size = largest if max(height, width) <= BATCH_EDGE else 1
     start = 0
     while start < batch:
         while size > batch - start:

@@ -15,7 +15,7 @@ import openvino
 from flownet2.contract import IMAGE_INPUTS, adapted
 
 from .bfloat16 import cast_to_bfloat16
-from .engines import Flow, Images
+from .engines import Flow, Images, feature_bytes
 from .machine import available_cores, available_memory, has_bfloat16
 from .planned import PlannedShapes, Shape
 from .resampling import remove_idle_resampling
@@ -52,7 +52,7 @@ class OpenVinoEngine:
         self.name = f"OpenVINO {openvino.get_version().split('-')[0]}"
         self.precision = precision
         self._path = path
-        self._model = _read(path, precision)
+        self._model, self._metadata = _read(path, precision)
         limit = int(PLANNED_SHARE * available_memory())
         self._planned = PlannedShapes(self._plan, self._memory, limit)
 
@@ -66,17 +66,17 @@ class OpenVinoEngine:
         flow = np.empty((*image1.shape[:3], 2), np.float32)
         for pair, result in zip(zip(image1, image2, strict=True), flow, strict=True):
             images = dict(zip(IMAGE_INPUTS, (image[None] for image in pair), strict=True))
-            request.set_output_tensor(openvino.Tensor(result[None], shared_memory=True))
-            request.infer(images, share_inputs=True, share_outputs=True)
+            result[...] = request.infer(images, share_inputs=True, share_outputs=True)[0]
         return flow
 
     def _memory(self, shape: Shape) -> int:
         """Return the bytes that a plan occupies: its own copy of the weights, and features."""
-        return self._path.stat().st_size + PIXEL_BYTES * adapted(shape[1]) * adapted(shape[2])
+        features = feature_bytes(self._metadata, adapted(shape[1]) * adapted(shape[2]), PIXEL_BYTES)
+        return self._path.stat().st_size + int(features)
 
     def _plan(self, shape: Shape) -> openvino.InferRequest:
         narrow = self.precision == "bf16" and adapted(shape[2]) < BFLOAT16_WIDTH
-        model = _read(self._path, "fp32") if narrow else self._model.clone()
+        model = _read(self._path, "fp32")[0] if narrow else self._model.clone()
         model.reshape({name: list(shape) for name in IMAGE_INPUTS})
         remove_idle_resampling(model)
         return _compile(model)
@@ -87,13 +87,13 @@ def precisions() -> list[str]:
     return ["bf16", "fp32"] if has_bfloat16() else ["fp32"]
 
 
-def _read(path: Path, precision: str) -> openvino.Model:
+def _read(path: Path, precision: str) -> tuple[openvino.Model, dict[str, str]]:
     # OpenVINO knows neither our op nor model-local functions: put the function's body in place.
     inlined = onnx.inliner.inline_local_functions(onnx.load(path))
     model = openvino.Core().read_model(inlined.SerializeToString())
     if precision == "bf16":
         cast_to_bfloat16(model)
-    return model
+    return model, {entry.key: entry.value for entry in inlined.metadata_props}
 
 
 def _compile(model: openvino.Model) -> openvino.InferRequest:
