@@ -1,6 +1,7 @@
 """Conversion of many flow files: to another format, to pictures or to a video of one scale."""
 
 import glob
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,34 +46,42 @@ def find_flows(sources: Iterable[str]) -> list[FlowFile]:
     """List the flow files of paths, folders and patterns.
 
     Folders are searched with their subfolders. Of PNG files, those of KITTI are taken; hidden files
-    are left out.
+    are left out. Names are paths below the source folder; of other files, below the folder that
+    all of them have in common.
 
     Raises:
         ConvertError: a source has no flow file.
     """
-    files = []
+    found: list[tuple[Path, Path | None]] = []  # with the source folder
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found = [
-                FlowFile(file, file.relative_to(path).with_suffix("").as_posix())
-                for file in path.rglob("*")
-                if _is_flow(file) and "/." not in f"/{file.relative_to(path).as_posix()}"
-            ]
+            folder, files = path, [file for file in path.rglob("*") if _is_flow(file, path)]
         elif path.exists() or not glob.has_magic(source):
-            found = [FlowFile(path, path.stem)]
+            folder, files = None, [path]
         else:
             matching = map(Path, glob.glob(source, recursive=True))
-            found = [FlowFile(file, file.stem) for file in matching if file.is_file()]
-        if not found:
+            folder, files = None, [file for file in matching if file.is_file()]
+        if not files:
             raise ConvertError(f"{source} has no flow files: {', '.join(READABLE)}")
-        files += sorted(found, key=lambda file: natural(str(file.path)))
-    return files
+        found += [(file, folder) for file in sorted(files, key=lambda file: natural(str(file)))]
+    parents = [str(file.parent) for file, folder in found if folder is None]
+    common = os.path.commonpath(map(os.path.abspath, parents)) if parents else ""
+    return [
+        FlowFile(
+            file,
+            os.path.splitext(os.path.relpath(file, common if folder is None else folder))[0],
+        )
+        for file, folder in found
+    ]
 
 
-def _is_flow(path: Path) -> bool:
+def _is_flow(path: Path, folder: Path) -> bool:
+    """Return True for a file in a folder that has the suffix of a flow and is not hidden."""
+    if "/." in f"/{path.relative_to(folder).as_posix()}" or not path.is_file():
+        return False
     if path.suffix.lower() != ".png":
-        return path.suffix.lower() in READABLE and path.is_file()
+        return path.suffix.lower() in READABLE
     with path.open("rb") as file:
         return file.read(26)[24:26] == b"\x10\x02"  # 16 bits, RGB
 

@@ -264,6 +264,8 @@ def samples(dataset: str, folder: Path, split: Split = "evaluation") -> list[Sam
     Raises:
         DatasetError: the folder has no pair, or the list of its split does not fit.
     """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder")
     pairs = _of_split(dataset, folder, split)
     if not pairs and split == "evaluation":
         pairs = [

@@ -88,7 +88,7 @@ def _check(content: bytes) -> None:
         raise PngError("it is damaged: it has no header")
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     if (depth, colour, interlaced) != (16, _RGB, 0):
-        raise PngError("it has not three channels of 16 bits")
+        raise PngError("it is a picture, not a PNG with three channels of 16 bits")
     expected = height * (1 + 6 * width)
     inflate = zlib.decompressobj()
     try:

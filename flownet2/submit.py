@@ -105,6 +105,8 @@ def find_pairs(dataset: str, folder: Path) -> tuple[Submission, list[Pair]]:
     Raises:
         DatasetError: the folder has no test split, or a frame is missing.
     """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder")
     folder = folder.resolve()
     if folder.name in ("test", "testing"):
         folder = folder.parent

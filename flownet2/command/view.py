@@ -81,7 +81,7 @@ def view(
         if kind != "colours" or image or truth:
             raise typer.BadParameter("a contact sheet is of colours: give one flow, or --index")
         picture = _sheet(files, max_flow)
-        path, suffix = Path(flow) if Path(flow).is_dir() else files[0].path.parent, "sheet"
+        path, suffix = (Path(flow) if Path(flow).is_dir() else path.parent).resolve(), "sheet"
     else:
         read = files[0].read()
         if truth is not None:

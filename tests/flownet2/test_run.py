@@ -236,6 +236,16 @@ def test_bad_input_is_told_in_one_line(tmp_path: Path, url: str) -> None:
     assert flownet2("run", tmp_path / "one", "-o", out, shard="2/2").returncode == 2
 
 
+def test_vectors_that_kittis_png_cannot_hold_are_errors(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flownet2.formats.KITTI_SCALE", 2.0**14)  # as if it held 2 pixels
+    frames(tmp_path / "frames", 2)
+    arguments = ("run", tmp_path / "frames", "-o", tmp_path / "out")
+    assert "vectors" in fail(*arguments, format="kitti", server=url)
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
 def test_errors_can_be_noted_and_skipped(tmp_path: Path, url: str) -> None:
     frames(tmp_path / "a" / "broken", 4)
     (tmp_path / "a" / "broken" / "frame1.png").write_bytes(b"nothing")

@@ -2,10 +2,11 @@
 
 import gzip
 
+import numpy as np
 import pytest
 import zstandard
 
-from gateway.encoders import ENCODINGS
+from gateway.encoders import ENCODINGS, FORMATS, Estimate
 from gateway.errors import NotAcceptable
 from gateway.negotiation import choose_encoding, choose_format
 
@@ -95,3 +96,11 @@ def test_encodings_are_what_their_names_say() -> None:
     assert gzip.decompress(ENCODINGS["gzip"](data)) == data
     assert zstandard.decompress(ENCODINGS["zstd"](data)) == data
     assert all(len(encode(data)) < len(data) / 4 for encode in ENCODINGS.values())
+
+
+def test_kittis_png_is_not_acceptable_for_vectors_that_it_cannot_hold() -> None:
+    flow = np.zeros((4, 5, 2), np.float32)
+    flow[0, 0] = (513, 0)
+    encode = FORMATS["image/x-kitti-flow"].encode
+    with pytest.raises(NotAcceptable, match="1 of 20 vectors"):
+        encode(Estimate(flow, (1.0, 1.0)))
