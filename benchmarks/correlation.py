@@ -1,19 +1,16 @@
-"""The CUDA kernels on a GPU: errors, times, and their share of what the GPU can do.
+"""Errors and times of the CUDA kernels on a GPU.
 
     python -m benchmarks.correlation
 
-Needs a GPU, nvcc and PyTorch with CUDA. Compiles the kernels for the GPU that is there, holds them
-against brute force over `plugins/correlation_cases.py`, and times the half-precision kernel at
-FlowNet2's two sizes against the larger of two limits, both measured here: moving inputs and output
-once at the speed of a large copy, and the arithmetic at the speed of cuBLAS. Other projects'
-kernels run beside it where they are installed: `spatial-correlation-sampler`, and PTLFlow's
-`localcorr`.
+Needs a GPU, nvcc and PyTorch with CUDA. Compiles the kernels for this GPU, compares them with brute
+force over `plugins/correlation_cases.py`, and times the half-precision kernel at FlowNet2's two
+sizes. Beside the times are two limits, both measured here: moving inputs and output once at the
+speed of a large copy, and the arithmetic at the speed of cuBLAS.
 
-Exits with 0 if all results are right, 1 if not, 2 if something is missing to run at all.
+Exits with 0 if all results are correct, 1 if not, 2 if something is missing.
 """
 
 import ctypes
-import importlib
 import shutil
 import subprocess
 import sys
@@ -26,23 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.report import table
+from flownet2.errors import Error
 from plugins.correlation_cases import CASES, TIMED_CASES, Case, brute_force, tolerance
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 SOURCES = ("correlation.cu", "correlation.cpp", "correlation_c.cpp")
 
-Correlation = Callable[[Tensor, Tensor], Tensor]
 
-
-class Missing(Exception):
-    """The machine lacks something that a benchmark cannot do without."""
+class Missing(Error):
+    """Raised when the machine lacks something that a benchmark needs."""
 
 
 class Kernel:
     """The kernels of plugins/, on PyTorch's tensors and current stream."""
 
     def __init__(self, folder: Path) -> None:
-        """Compile them for the GPU at hand, into a library in `folder`.
+        """Compile them for this machine's GPU, into a library in `folder`.
 
         Raises:
             Missing: there is no GPU, or no nvcc.
@@ -80,60 +77,34 @@ class Kernel:
         return out
 
 
-def other_kernels() -> dict[str, Correlation]:
-    """Other projects' kernels with FlowNet's attributes, as far as they are installed."""
-    kernels: dict[str, Correlation] = {}
-    options = {"patch_size": 21, "dilation_patch": 2}
-    try:
-        sampler = importlib.import_module("spatial_correlation_sampler")
-    except ImportError:
-        print("spatial-correlation-sampler is not installed: not compared")
-    else:
-        kernels["spatial-correlation-sampler"] = _means(
-            lambda a, b: sampler.spatial_correlation_sample(
-                a, b, kernel_size=1, stride=1, padding=0, **options
-            )
-        )
-    try:
-        localcorr = importlib.import_module("localcorr").get_localcorr_sampler(**options)
-    except ImportError:
-        print("localcorr is not installed: not compared")
-    else:
-        kernels["localcorr"] = _means(localcorr)
-    return kernels
-
-
-def _means(sums: Correlation) -> Correlation:
-    """Both give sums over channels, [N, 21, 21, H, W]."""
-    return lambda a, b: sums(a, b).flatten(1, 2) / a.shape[1]
-
-
 def inputs(case: Case, dtype: type[np.floating[Any]]) -> tuple[Tensor, Tensor]:
-    """The case's feature maps on the GPU."""
+    """Return the case's feature maps on the GPU."""
     a, b = case.inputs(dtype)
     return torch.from_numpy(a).cuda(), torch.from_numpy(b).cuda()
 
 
 def check(kernel: Kernel, case: Case, dtype: type[np.floating[Any]]) -> bool:
-    """Print the largest error of one case; whether all of it is within the tolerance."""
+    """Print the largest error of one case, and return True if all are within the tolerance."""
     a, b = inputs(case, dtype)
     got = kernel(case, a, b).cpu().numpy().astype(np.float64)
     expected = brute_force(case, a.cpu().numpy(), b.cpu().numpy())
     errors, limits = np.abs(got - expected), tolerance(dtype)
-    right = bool((errors <= limits["atol"] + limits["rtol"] * np.abs(expected)).all())
-    print(f"{case.name:32} {dtype.__name__}  {errors.max():9.2e}  {'right' if right else 'WRONG'}")
-    return right
+    correct = bool((errors <= limits["atol"] + limits["rtol"] * np.abs(expected)).all())
+    print(
+        f"{case.name:32} {dtype.__name__}  {errors.max():9.2e}  {'correct' if correct else 'WRONG'}"
+    )
+    return correct
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU, its caches cold."""
+    """Return the median time of a call on the GPU, with cold caches."""
     from triton.testing import do_bench  # noqa: PLC0415 - comes with PyTorch's CUDA builds alone
 
     return float(do_bench(call, return_mode="median"))
 
 
 def operations(case: Case) -> int:
-    """Multiplications and additions whose factors both lie inside the feature maps."""
+    """Count multiplications and additions whose factors both lie inside the feature maps."""
     _, channels, height, width = case.shape
     steps = case.max_displacement // case.stride2
     offsets = [abs(step * case.stride2) for step in range(-steps, steps + 1)]
@@ -142,34 +113,27 @@ def operations(case: Case) -> int:
 
 
 def print_times(kernel: Kernel) -> None:
-    """A table of the half-precision kernel at FlowNet2's sizes, its limits, and other kernels."""
+    """Print a table of the half-precision kernel's times at FlowNet2's sizes, and its limits."""
     large = torch.empty(2**28, dtype=torch.float32, device="cuda")
     bytes_per_ms = 2 * large.nbytes / milliseconds(large.clone)
     a, b = torch.randn(2, 4096, 4096, device="cuda", dtype=torch.float16)
     operations_per_ms = 2 * 4096**3 / milliseconds(lambda: a @ b)
-    print(f"\ncopy {bytes_per_ms / 1e6:.0f} GB/s, cuBLAS {operations_per_ms / 1e9:.1f} TFLOP/s")
-    others = other_kernels()
-    print(
-        f"\n| float16 | ms | memory limit | arithmetic limit | {' | '.join(others)} |\n"
-        f"|---|{'---:|' * (3 + len(others))}"
-    )
+    print(f"\ncopy {bytes_per_ms / 1e6:.0f} GB/s, cuBLAS {operations_per_ms / 1e9:.1f} TFLOP/s\n")
+    rows = []
     for case in TIMED_CASES:
         a, b = inputs(case, np.float16)
-        ours = kernel(case, a, b)
-        row = [
-            case.name,
-            f"{milliseconds(lambda: kernel(case, a, b)):.4f}",  # noqa: B023 (called at once)
-            f"{(a.nbytes + b.nbytes + ours.nbytes) / bytes_per_ms:.4f}",
-            f"{operations(case) / operations_per_ms:.4f}",
-        ]
-        for other in others.values():
-            same = torch.allclose(other(a, b).float(), ours.float(), rtol=1e-2, atol=2e-3)
-            row.append(f"{milliseconds(lambda: other(a, b)):.4f}{'' if same else ' (differs)'}")  # noqa: B023
-        print(f"| {' | '.join(row)} |")
+        out = kernel(case, a, b)
+        times = (
+            milliseconds(lambda: kernel(case, a, b)),  # noqa: B023 (called at once)
+            (a.nbytes + b.nbytes + out.nbytes) / bytes_per_ms,
+            operations(case) / operations_per_ms,
+        )
+        rows.append([case.name, *(f"{time:.4f}" for time in times)])
+    print(table(["float16", "ms", "memory limit", "arithmetic limit"], rows))
 
 
 def main() -> int:
-    """Run everything; returns the exit status."""
+    """Run everything and return the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             kernel = Kernel(Path(folder))
@@ -183,7 +147,7 @@ def main() -> int:
         for dtype in (np.float32, np.float16)
     ]
     print_times(kernel)
-    print(f"\n{results.count(True)} of {len(results)} right")
+    print(f"\n{results.count(True)} of {len(results)} correct")
     return 0 if all(results) else 1
 
 

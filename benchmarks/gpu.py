@@ -1,11 +1,11 @@
-"""FlowNet2 on a GPU: eager PyTorch as the ports run it, and what is served.
+"""Times of FlowNet2 on a GPU: eager PyTorch, and the engines that serve it.
 
-    python -m benchmarks.gpu [--network FlowNet2] [--op-library FILE] [--triton]
+    python -m benchmarks.gpu [--network FlowNet2] [--triton]
 
-Needs a GPU, nvcc and PyTorch with CUDA. Other projects' correlation kernels, ONNX Runtime with CUDA
-and TensorRT join in where they are installed; the loader must find the TensorRT plugin. With
---triton, the Triton that HOST and TRITON_GRPC_PORT name is measured too, from 1, 8 and 32 clients.
-Weights are random, as the speed does not depend on them. Exits with 2 where something is missing.
+Needs a GPU, nvcc and PyTorch with CUDA. ONNX Runtime with CUDA and TensorRT are measured if they
+are installed; the loader must find the TensorRT plugin. With --triton, the Triton that HOST and
+TRITON_GRPC_PORT name is measured too, from 1, 8 and 32 clients. Weights are random, as the speed
+does not depend on them. Exits with 2 if something is missing.
 """
 
 import argparse
@@ -19,17 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.correlation import Kernel, Missing, other_kernels
+from benchmarks.correlation import Kernel, Missing
 from benchmarks.perf_analyzer import ROUNDS as REQUESTS
-from benchmarks.perf_analyzer import PerfAnalyzer, Unavailable
+from benchmarks.perf_analyzer import PerfAnalyzer
 from benchmarks.report import table
 from export.engine.build import build_engine, import_tensorrt
 from export.engine.gpu import EngineError
 from export.graph import export_onnx
 from export.networks import NETWORKS, FlowNet2
 from export.networks.operators import correlation
-from export.repository import HALF_MODEL, write_model
+from export.repository import write_model
 from flownet2.contract import FLOW_OUTPUT, GRID, IMAGE_INPUTS, MODEL_NAME
+from flownet2.errors import Error
 from launch.triton import Address
 from plugins.correlation_cases import Case
 
@@ -40,40 +41,37 @@ Estimate = Callable[[], object]
 
 
 def main() -> int:
-    """Print the tables; 2 where there is no GPU, PyTorch for it, or nvcc."""
+    """Print the tables; return 2 without a GPU, PyTorch for it, or nvcc."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--network", default="FlowNet2", choices=sorted(NETWORKS))
-    parser.add_argument("--op-library", type=Path, help="the op of plugins/ for ONNX Runtime")
-    parser.add_argument("--triton", action="store_true", help="measure a running Triton, too")
+    parser.add_argument("--triton", action="store_true", help="also measure a running Triton")
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
             kernel = Kernel(Path(folder))
             gpu = torch.cuda.get_device_name()
             print(f"{gpu}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}\n")
-            print(network_table(options.network, kernel, Path(folder), options.op_library))
+            print(network_table(options.network, kernel, Path(folder)))
         if options.triton:
             print(PerfAnalyzer().measure(Address.from_environment(), CLIENTS, REQUESTS))
-    except (Missing, Unavailable) as missing:
-        print(f"benchmarks.gpu: {missing}", file=sys.stderr)
+    except Error as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def network_table(name: str, kernel: Kernel, folder: Path, op_library: Path | None) -> str:
-    """Median milliseconds, their share of the first row's, and GPU memory beside the weights."""
+def network_table(name: str, kernel: Kernel, folder: Path) -> str:
+    """Return a table of median milliseconds, relative to the first row, and GPU memory."""
     rows, first = [], None
-    for way, estimate in ways(name, kernel, folder, op_library):
+    for way, estimate in ways(name, kernel, folder):
         milliseconds, megabytes = measure(estimate)
         first = first or milliseconds
         rows.append((way, f"{milliseconds:.1f}", f"{milliseconds / first:.2f}", f"{megabytes:.0f}"))
     return table((f"{name}, {GRID[1]}x{GRID[0]}, one pair", "p50 ms", "of eager", "MB"), rows)
 
 
-def ways(
-    name: str, kernel: Kernel, folder: Path, op_library: Path | None
-) -> Iterator[tuple[str, Estimate]]:
-    """Every way to run the network that this machine has, one after the other."""
+def ways(name: str, kernel: Kernel, folder: Path) -> Iterator[tuple[str, Estimate]]:
+    """Yield the ways to run the network that this machine has."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     model = FlowNet2(NETWORKS[name]).eval()
@@ -88,28 +86,29 @@ def ways(
         return flow
 
     yield "eager fp32, correlation in standard operators", eager
-    for other, other_kernel in other_kernels().items():
-        compute_correlation(other_kernel)
-        yield f"eager fp32, {other}", eager
     compute_correlation(correlation_with(kernel))
     model.half()
     yield "eager fp16, our kernel", eager
     model.cpu()
-    if op_library:
-        yield "ONNX Runtime fp16", onnx_runtime(folder, image1, image2, op_library)
-    try:
-        yield "TensorRT fp16", tensorrt(folder, image1, image2)
-    except EngineError as error:
-        print(f"no TensorRT: {error}", file=sys.stderr)
+    for way, create in {
+        "ONNX Runtime fp16, with copies from and to the CPU": onnx_runtime,
+        "TensorRT fp16": tensorrt,
+    }.items():
+        try:
+            estimate = create(folder, image1, image2)
+        except Error as error:
+            print(f"no {way}: {error}", file=sys.stderr)
+        else:
+            yield way, estimate
 
 
 def compute_correlation(kernel: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Have PyTorch compute FlowNetC's correlation on the GPU by a kernel."""
+    """Have PyTorch compute FlowNetC's correlation on the GPU with this kernel."""
     correlation.register_kernel("cuda", lambda a, b, *attributes: kernel(a, b))
 
 
 def correlation_with(kernel: Callable[[Case, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """FlowNetC's correlation by the compiled kernel."""
+    """Return FlowNetC's correlation, computed by the compiled kernel."""
 
     def run(a: Tensor, b: Tensor) -> Tensor:
         n, c, height, width = a.shape
@@ -118,33 +117,30 @@ def correlation_with(kernel: Callable[[Case, Tensor, Tensor], Tensor]) -> Callab
     return run
 
 
-def onnx_runtime(folder: Path, image1: Tensor, image2: Tensor, op_library: Path) -> Estimate:
-    """The exported network on ONNX Runtime's CUDA provider.
+def onnx_runtime(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
+    """Return the engine that Triton's Python backend runs.
 
     Raises:
-        Missing: ONNX Runtime, or its CUDA provider, is not installed.
+        Missing: ONNX Runtime does not run on the GPU.
     """
     try:
-        import onnxruntime  # noqa: PLC0415 - optional
+        from export.served.engines import EngineError as NotServed  # noqa: PLC0415 - optional
+        from export.served.onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415
     except ImportError as error:
-        raise Missing(f"--op-library needs onnxruntime-gpu: {error}") from error
-    provider = "CUDAExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise Missing("this ONNX Runtime has no CUDA: install onnxruntime-gpu")
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(op_library))
-    session = onnxruntime.InferenceSession(
-        folder / MODEL_NAME / "1" / HALF_MODEL, options, providers=[provider]
-    )
-    images = dict(zip(IMAGE_INPUTS, (image1.cpu().numpy(), image2.cpu().numpy()), strict=True))
-    return lambda: session.run(None, images)
+        raise Missing(f"onnxruntime-gpu is not installed: {error}") from error
+    try:
+        engine = OnnxRuntimeEngine(folder / MODEL_NAME / "1")
+    except (NotServed, RuntimeError) as error:
+        raise Missing(str(error)) from error
+    images = image1.cpu().numpy(), image2.cpu().numpy()
+    return lambda: engine(*images)
 
 
 def tensorrt(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
-    """The plan that Triton would load, without Triton.
+    """Return a run of the plan that Triton would load.
 
     Raises:
-        EngineError: it cannot be built here.
+        EngineError: it cannot be built or run here.
     """
     plan = build_engine(folder, MODEL_NAME)
     trt = import_tensorrt()
@@ -157,11 +153,17 @@ def tensorrt(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
         context.set_input_shape(name, tuple(image.shape))
         context.set_tensor_address(name, image.data_ptr())
     context.set_tensor_address(FLOW_OUTPUT, flow.data_ptr())
-    return lambda: (runtime, flow, context.execute_async_v3(stream))  # it keeps all three
+
+    def run() -> object:
+        if not context.execute_async_v3(stream):
+            raise EngineError("TensorRT does not run the engine")
+        return runtime, flow, image1, image2  # kept alive with this function
+
+    return run
 
 
 def measure(estimate: Estimate) -> tuple[float, float]:
-    """Median milliseconds of a call, and megabytes of the GPU that the calls take and keep."""
+    """Return the median milliseconds of a call, and the megabytes that it keeps on the GPU."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     seconds = []

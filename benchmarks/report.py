@@ -1,4 +1,4 @@
-"""Markdown for the results, and the machine they are of."""
+"""Markdown tables of results, and a description of the machine."""
 
 import os
 import platform
@@ -9,13 +9,13 @@ from export.served.machine import available_cores, has_bfloat16
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers, aligned to the right."""
+    """Return a Markdown table whose columns after the first are numbers, aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def machine() -> str:
-    """CPU, cores and system of this machine, in a line."""
+    """Return a line with CPU, cores and Python version of this machine."""
     facts = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
@@ -31,15 +31,15 @@ def machine() -> str:
 
 
 def bypass_proxies() -> None:
-    """Let this process and its children reach this machine's servers without a proxy.
+    """Have this process and its children reach this machine's servers without a proxy.
 
-    gRPC, HTTPX and perf_analyzer take the proxy that the environment names even for 127.0.0.1.
+    gRPC, httpx2 and perf_analyzer use the proxy that the environment names even for 127.0.0.1.
     """
     exceptions = (os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "127.0.0.1")
     os.environ["no_proxy"] = ",".join(filter(None, exceptions))
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds with three digits that count."""
+    """Format seconds as milliseconds with three significant digits."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

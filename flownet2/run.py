@@ -1,52 +1,58 @@
-"""Flow of whole sources: pairs are read, sent, and written, in order and with bounded memory.
+"""Computing the flow of whole sources with bounded memory.
 
-    sources -> pairs -> client (some requests under way) -> encoded files -> index
+    sources -> pairs -> client (several requests at a time) -> encoded files -> index
 
-Every step but the last works on several pairs at a time.
+Reading, inference, encoding and writing overlap; results are written in the order of the pairs.
 """
 
 import asyncio
 import csv
 import io
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
-from flownet2 import storage, writers
+from flownet2 import storage, video, writers
 from flownet2.client import AsyncClient
 from flownet2.errors import Error, FlowError
 from flownet2.formats import FormatError
-from flownet2.manifest import Index, Row, agree, checksum, forget
+from flownet2.manifest import Index, Row, checksum, remove_manifest, update_manifest
 from flownet2.models import Model
-from flownet2.sources import Pair, Selection, Source, SourceError
+from flownet2.pairs import Pair, PairList, Selection, Source, Video
+from flownet2.sources import shard
 from flownet2.writers import PICTURES, STRETCH, VIDEO, Options
 
 PATIENCE_SECONDS = 300.0
-"""How long a run waits for servers that are away."""
+"""Time for which a run waits for servers that do not answer."""
 
 
 class RunError(Error):
-    """A run that ended early; the message says at which file and what to do."""
+    """Raised when a run stops early; the message names the source and the remedy."""
 
 
 class Progress(Protocol):
-    """Who wants to know how far a run is."""
+    """Receives the progress of a run."""
 
-    def begin(self, name: str, pairs: int | None) -> None:
-        """A source begins."""
+    shown: bool
+    """Whether the number of pairs is worth computing."""
+
+    def begin(self, name: str) -> None:
+        """Show the name of the source that is being written."""
+
+    def expect(self, pairs: int) -> None:
+        """Set the expected number of pairs of all sources."""
 
     def advance(self) -> None:
-        """A pair is written, or was there already."""
+        """Count a pair that is written or was there already."""
 
-    def say(self, message: str) -> None:
-        """A line for people."""
+    def warn(self, message: str) -> None:
+        """Print a line."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run makes of which frames, and how."""
+    """Settings of a run: frames, files, parallelism, and what to do about errors and old files."""
 
     selection: Selection = field(default_factory=Selection)
     options: Options = field(default_factory=Options)
@@ -58,8 +64,16 @@ class Plan:
 
 @dataclass
 class Totals:
-    """Pairs computed, pairs that were there, and what was skipped: source, frames and reason."""
+    """Counts of a run.
 
+    Attributes:
+        sources: number of sources of this shard.
+        computed: number of pairs computed.
+        found: number of pairs that were there already.
+        skipped: source, frames and reason of each error that was skipped.
+    """
+
+    sources: int = 0
     computed: int = 0
     found: int = 0
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
@@ -71,41 +85,38 @@ async def run(
     """Write the flow of sources below a folder.
 
     Raises:
-        RunError: an error, unless they are to be skipped; what was computed before is written.
-        ManifestError: the folder is of another run.
+        RunError: a source cannot be read or a pair fails, unless errors are skipped. What was
+            computed before is written.
+        ManifestError: the folder holds results of another run.
         FlowError: no server answers.
-        OSError: the results cannot be written.
+        StorageError: the results cannot be written.
     """
     model = await client.model()
-    index, count = plan.shard
-    mine = {
-        name: one for number, (name, one) in enumerate(sources.items()) if number % count == index
-    }
-    runner = _Runner(folder, client, plan, progress)
-    await asyncio.to_thread(runner.prepare, sources, mine, model)
-    await runner.run(mine)
+    runner = _Runner(shard(sources, *plan.shard), folder, client, plan, progress)
+    await asyncio.to_thread(runner.prepare, sources, model)
+    await runner.run()
     return runner.totals
 
 
 class _Scale:
-    """The scale of a source's video, known after its first pairs."""
+    """The colour scale of a source's video, known after its first pairs."""
 
     def __init__(self, known: float | None) -> None:
         self.value: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._lengths: list[float] = []
         self._expected = STRETCH
-        self.kept = known is not None
-        """Whether a run that goes on will find it."""
+        self.saved = known is not None
+        """Whether a resumed run will find the scale."""
         if known is not None:
             self.value.set_result(known)
 
     def add(self, length: float) -> None:
-        """The longest motion of one of the first pairs."""
+        """Add the longest motion of one of the first pairs."""
         self._lengths.append(length)
         self.expect(self._expected)
 
     def expect(self, pairs: int) -> None:
-        """Wait for so many pairs and no more."""
+        """Set the scale after at most this number of pairs."""
         self._expected = min(pairs, self._expected)
         if len(self._lengths) >= self._expected and not self.value.done():
             self.value.set_result(max(self._lengths, default=1.0))
@@ -113,22 +124,26 @@ class _Scale:
 
 @dataclass(eq=False)
 class _Target:
-    """A source's folder while it is written."""
+    """The folder of a source while it is written."""
 
     name: str
     folder: str
     index: Index
     video: bool
     scale: _Scale
-    expected: int | None = None
-    pairs: int = 0
+    missing: int = 0
+    """Pairs that were not there when the run began."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What comes out of a source: a pair, its end, or why it cannot go on.
+    """An event while a source is read: a pair, an error, or (neither) the end of the source.
 
-    `position` counts the pairs that are not there yet.
+    Attributes:
+        target: the source's folder.
+        pair: the pair.
+        position: number of the pair among those that are missing; None if its files exist.
+        error: the reason why the source cannot be read further.
     """
 
     target: _Target
@@ -137,102 +152,177 @@ class _Step:
     error: str = ""
 
 
+_Work = asyncio.Task[dict[str, bytes]] | None
+
+
 class _Runner:
-    def __init__(self, folder: str, client: AsyncClient, plan: Plan, progress: Progress) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        folder: str,
+        client: AsyncClient,
+        plan: Plan,
+        progress: Progress,
+    ) -> None:
+        self.sources = sources
         self.folder = folder
         self.client = client
         self.plan = plan
         self.options = plan.options
         self.progress = progress
-        self.totals = Totals()
-        self.slots = asyncio.Semaphore(plan.jobs)
+        self.totals = Totals(len(sources))
+        self.requests = asyncio.Semaphore(plan.jobs)
+        self.window = asyncio.Semaphore(max(2 * plan.jobs, STRETCH))
+        """Bounds the pairs between reading and writing."""
+        self.finished: set[str] = set()
         self.shown: _Target | None = None
-        self.targets: set[_Target] = set()
-        """Sources that are begun and not ended."""
+        self.open: set[_Target] = set()
+        self.work: set[asyncio.Task[dict[str, bytes]]] = set()
 
-    def prepare(
-        self, sources: Mapping[str, Source], mine: Mapping[str, Source], model: Model
-    ) -> None:
-        """Agree with what is in the folder already."""
-        if self.plan.overwrite:
-            forget(self.folder)
-            for name in mine:
-                Index(storage.join(self.folder, name)).clear()
-        identities = {}
+    def prepare(self, sources: Mapping[str, Source], model: Model) -> None:
+        """Check sources, names and the content of the folder."""
+        fingerprints = {}
         for name, source in sources.items():
+            if (
+                name not in self.sources
+                and isinstance(source, Video)
+                and video.is_live(source.path)
+            ):
+                continue
             try:
-                identities[name] = {"path": source.path, **source.identity()}
-            except (SourceError, OSError) as error:
+                fingerprints[name] = {"path": source.path, **source.fingerprint()}
+            except (Error, OSError) as error:
                 if self.plan.on_error == "stop":
                     raise RunError(str(error)) from error
-        options = {**asdict(self.plan.selection), **asdict(self.options)}
-        network = {
-            key: value
-            for key, value in asdict(model).items()
-            if key not in ("backend", "max_pixels", "default")  # they do not change the results
+        for source in self.sources.values():
+            self._check_names(source)
+        if self.plan.overwrite:
+            remove_manifest(self.folder)
+            for name in self.sources:
+                Index(storage.join(self.folder, name)).clear()
+        facts = {
+            "options": {**asdict(self.plan.selection), **asdict(self.options)},
+            "model": {
+                "name": model.name,
+                "network": model.network,
+                "model_sha256": model.model_sha256,
+            },
         }
-        agree(self.folder, {"options": options, "model": network}, identities)
+        update_manifest(self.folder, facts, fingerprints)
 
-    async def run(self, sources: Mapping[str, Source]) -> None:
-        """All steps of all sources, some under way at a time, finished in order."""
-        window = max(2 * self.plan.jobs, STRETCH)
-        under_way: deque[tuple[_Step, asyncio.Task[dict[str, bytes]] | None]] = deque()
+    def _check_names(self, source: Source) -> None:
+        """Raise RunError if two pairs would write one file."""
+        if self.options.numbered and not isinstance(source, PairList):
+            return
+        if isinstance(source, Video):
+            raise RunError(
+                f"{source.path}: the names {self.options.pattern!r} are the same for all pairs of "
+                "a video: add {number:06}"
+            )
+        writers_of: dict[str, Pair] = {}
         try:
-            for name, source in sources.items():
+            for pair in source.pairs(self.plan.selection, lambda _: None):
+                for name in self.options.names(pair):
+                    other = writers_of.setdefault(name, pair)
+                    if other is not pair:
+                        both = (
+                            f"lines {other.line} and {pair.line}"
+                            if pair.line
+                            else f"{other.first.name} and {pair.first.name}"
+                        )
+                        raise RunError(f"{source.path}: {both} both write {name}")
+        except (Error, OSError) as error:
+            if isinstance(error, RunError) or self.plan.on_error == "stop":
+                raise RunError(str(error)) from error
+
+    async def run(self) -> None:
+        """Read and write all sources."""
+        steps: asyncio.Queue[tuple[_Step, _Work] | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._read(steps))]
+        if self.progress.shown:
+            tasks.append(asyncio.create_task(self._count()))
+        try:
+            while (item := await steps.get()) is not None:
+                await self._finish(*item)
+                self.window.release()
+            await tasks[0]
+        finally:
+            for task in (*tasks, *self.work):
+                task.cancel()
+            await asyncio.gather(*tasks, *self.work, return_exceptions=True)
+            for target in self.open:
+                await asyncio.to_thread(target.index.flush)
+
+    async def _count(self) -> None:
+        """Tell the progress how many pairs there are, if all headers say."""
+
+        def count() -> int | None:
+            pairs = 0
+            for source in self.sources.values():
+                try:
+                    counted = source.count(self.plan.selection)
+                except (Error, OSError):
+                    counted = 0
+                if counted is None:
+                    return None
+                pairs += counted
+            return pairs
+
+        pairs = await asyncio.to_thread(count)
+        if pairs is not None:
+            self.progress.expect(pairs)
+
+    async def _read(self, steps: asyncio.Queue[tuple[_Step, _Work] | None]) -> None:
+        """Read all sources and start the work on their pairs; None ends the queue."""
+        try:
+            for name, source in self.sources.items():
                 target = await self._begin(name)
-                steps = self._steps(target, source)
-                while step := await asyncio.to_thread(next, steps, None):
-                    while len(under_way) >= window:
-                        await self._finish(*under_way.popleft())
+                events = self._events(target, source)
+                while step := await asyncio.to_thread(next, events, None):
+                    await self.window.acquire()
                     task = None
                     if step.pair and step.position is not None:
                         task = asyncio.create_task(self._compute(target, step.pair, step.position))
-                    under_way.append((step, task))
-                target.scale.expect(target.pairs)
-            while under_way:
-                await self._finish(*under_way.popleft())
+                        self.work.add(task)
+                        task.add_done_callback(self.work.discard)
+                    steps.put_nowait((step, task))
+                target.scale.expect(target.missing)
         finally:
-            tasks = [task for _, task in under_way if task]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for target in self.targets:
-                await asyncio.to_thread(target.index.flush)
+            steps.put_nowait(None)
 
     async def _begin(self, name: str) -> _Target:
         folder = storage.join(self.folder, name)
         index = await asyncio.to_thread(Index, folder)
-        video = "mp4" in self.options.formats and not await asyncio.to_thread(index.has, VIDEO)
+        coloured = "mp4" in self.options.formats and not await asyncio.to_thread(index.has, VIDEO)
         scale = self.options.max_flow
-        if video and scale is None and index.has(_SCALE):
-            scale = json.loads(storage.read(storage.join(folder, _SCALE)))
-        target = _Target(name, folder, index, video, _Scale(scale))
-        self.targets.add(target)
+        if coloured and scale is None and index.has(_SCALE):
+            scale = _read_scale(storage.join(folder, _SCALE))
+        target = _Target(name, folder, index, coloured, _Scale(scale))
+        self.open.add(target)
         return target
 
-    def _steps(self, target: _Target, source: Source) -> Iterator[_Step]:
-        """A source's pairs, with what of them is there already, and its end."""
+    def _events(self, target: _Target, source: Source) -> Iterator[_Step]:
+        """Yield the pairs of a source, the error that ends it if there is one, and its end."""
         try:
-            target.expected = source.count(self.plan.selection)
-            for pair in source.pairs(self.plan.selection):
-                names = self.options.names(pair.stem)
+            for pair in source.pairs(self.plan.selection, self.progress.warn):
+                names = self.options.names(pair)
                 if target.video:
                     names.append(_picture(pair))
                 done = all(target.index.has(name) for name in names)
-                yield _Step(target, pair, None if done else target.pairs)
-                target.pairs += not done
+                yield _Step(target, pair, None if done else target.missing)
+                target.missing += not done
         except (Error, OSError) as error:
             yield _Step(target, error=str(error))
         yield _Step(target)
 
     async def _compute(self, target: _Target, pair: Pair, position: int) -> dict[str, bytes]:
-        """A pair's files."""
+        """Return the files of a pair."""
         length = 1.0
         measured = target.video and position < STRETCH
         try:
-            async with self.slots:
+            async with self.requests:
                 result = await self.client.flow(
-                    pair.first.frame, pair.second.frame, direction=self.options.asked
+                    pair.first.frame, pair.second.frame, direction=self.options.requested
                 )
             if measured:
                 length = await asyncio.to_thread(writers.motion, result.flow)
@@ -242,7 +332,7 @@ class _Runner:
         scale = await target.scale.value if target.video else 0.0
 
         def encode() -> dict[str, bytes]:
-            files = dict(self.options.files(pair.stem, result))
+            files = dict(self.options.files(pair, result))
             if target.video:
                 beside = pair.first.frame.pixels() if self.options.side_by_side else None
                 files[_picture(pair)] = writers.video_picture(result.flow, scale, beside)
@@ -250,27 +340,28 @@ class _Runner:
 
         return await asyncio.to_thread(encode)
 
-    async def _finish(self, step: _Step, task: asyncio.Task[dict[str, bytes]] | None) -> None:
-        """Write what a step gave."""
+    async def _finish(self, step: _Step, work: _Work) -> None:
+        """Write the result of a step."""
         if step.target is not self.shown:
             self.shown = step.target
-            self.progress.begin(step.target.name, step.target.expected)
+            self.progress.begin(step.target.name)
         if step.pair is None:
             if step.error:
-                await self._note(step.target, "", step.error)
+                await self._report(step.target, "", step.error)
             else:
                 await asyncio.to_thread(self._end, step.target)
+                self.finished.add(step.target.name)
             return
-        if task is None:
+        if work is None:
             self.totals.found += 1
         else:
             try:
-                files = await task
+                files = await work
             except (FlowError, FormatError) as error:
                 if isinstance(error, FlowError) and error.unavailable:
                     raise
                 names = f"{step.pair.first.name} and {step.pair.second.name}"
-                await self._note(step.target, names, str(error))
+                await self._report(step.target, names, str(error))
                 return
             await asyncio.to_thread(self._write, step.target, step.pair, files)
             self.totals.computed += 1
@@ -278,54 +369,66 @@ class _Runner:
 
     def _write(self, target: _Target, pair: Pair, files: Mapping[str, bytes]) -> None:
         first, second = pair.first, pair.second
-        if target.video and not target.scale.kept:
+        if target.video and not target.scale.saved:
             target.index.write(_SCALE, json.dumps(target.scale.value.result()).encode())
-            target.scale.kept = True
+            target.scale.saved = True
         for name, content in files.items():
             target.index.write(
                 name, content, pair.number, (first.name, second.name), (first.time, second.time)
             )
 
     def _end(self, target: _Target) -> None:
-        """Make the video of a source's pictures, and put its index in order."""
+        """Write the video of a source and sort its index."""
         rows = target.index.rows()
-        kept = [row for row in rows if row.file.startswith(f"{PICTURES}/")]
-        pictures = [row for row in kept if row.number is not None]
+        temporary = [row for row in rows if row.file.startswith(f"{PICTURES}/")]
+        pictures = [row for row in temporary if row.number is not None]
         if target.video and pictures:
             path = storage.join(target.folder, VIDEO)
             files = ((row.time, storage.join(target.folder, row.file)) for row in pictures)
             with storage.written_aside(path) as part:
                 writers.write_video(part, files)
                 target.index.note(Row(None, "", "", None, None, VIDEO, *checksum(part)))
-        for row in kept:  # also those that a run left behind which was ended here
+        for row in temporary:  # also those of a run that was killed in this place
             target.index.drop(row.file)
-        if kept:
+        if temporary:
             storage.remove(storage.join(target.folder, PICTURES))
         if rows:
             target.index.rewrite()
-        self.targets.discard(target)
+        self.open.discard(target)
 
-    async def _note(self, target: _Target, names: str, reason: str) -> None:
-        """Keep an error in errors.csv; RunError if it is to stop the run."""
+    async def _report(self, target: _Target, names: str, reason: str) -> None:
+        """Record an error in errors.csv, or stop the run with RunError."""
         if self.plan.on_error == "stop":
-            if names:
-                raise RunError(f"{target.name}, {names}: {reason}")
-            await asyncio.to_thread(self._end, target)  # what could be read is kept
-            raise RunError(reason)
+            where = f"{target.name}, {names}: " if names else ""
+            if not names:
+                await asyncio.to_thread(self._end, target)  # keep what could be read
+                self.finished.add(target.name)
+            left = len(self.sources.keys() - self.finished) - bool(names)
+            rest = (
+                f"; {left} other source{'s are' if left > 1 else ' is'} not done, and --on-error "
+                "skip would go on with them"
+            )
+            raise RunError(f"{where}{reason}{rest if left else ''}")
         self.totals.skipped.append((target.name, names, reason))
-        self.progress.say(f"skipped {target.name} {names}: {reason}")
+        self.progress.warn(f"skipped {target.name}{f', {names}' if names else ''}: {reason}")
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
             [("source", "frames", "reason"), *self.totals.skipped]
         )
         index, count = self.plan.shard
         name = "errors.csv" if count == 1 else f"errors-{index}-of-{count}.csv"
-        await asyncio.to_thread(
-            storage.write, storage.join(self.folder, name), text.getvalue().encode()
-        )
+        content = text.getvalue().encode(errors="surrogateescape")
+        await asyncio.to_thread(storage.write, storage.join(self.folder, name), content)
 
 
 _SCALE = f"{PICTURES}/scale.json"
+
+
+def _read_scale(path: str) -> float | None:
+    try:
+        return float(json.loads(storage.read(path)))
+    except (storage.StorageError, ValueError, TypeError):
+        return None
 
 
 def _picture(pair: Pair) -> str:

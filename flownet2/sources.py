@@ -1,270 +1,265 @@
-"""What to read: videos, folders of frames, lists of pairs, cameras, as pairs of images in order."""
+"""Finding sources: videos, folders of frames and lists, and names for their output folders."""
 
 import hashlib
 import itertools
+import json
 import os
 import re
-import shlex
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import PurePath
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
 
-from flownet2 import storage, video
-from flownet2.errors import Error
-from flownet2.images import Frame, Pixels, shrunk
+from PIL import Image
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+from flownet2 import lists, storage, video
+from flownet2.pairs import Frames, PairList, Source, SourceError, Video, Warn
+
+# Files whose suffix says what they are; all others are opened to find out.
+IMAGES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".pnm", ".tif"}
+IMAGES |= {".tiff", ".avif", ".jp2"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+VIDEOS |= {".3gp", ".3g2", ".mts", ".m2ts", ".y4m", ".vob", ".mxf", ".ogv", ".asf"}
+LISTS = {".txt", ".list", ".lst"}
 CAMERA = re.compile(r"camera:(\d+)")
 
-
-class SourceError(Error):
-    """A source that cannot be read, or not to its end; the message names it and what to do."""
-
-
-@dataclass(frozen=True)
-class Shot:
-    """A frame of a source: what it is called, and when it is shown, in seconds."""
-
-    number: int
-    name: str
-    time: float | None
-    frame: Frame
+_LEFT_OUT = 3
+"""Files that a message names before it counts the others."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two frames between which flow is wanted; `stem` names its files."""
+def find(
+    arguments: Iterable[str], warn: Warn = lambda _: None, exclude: Collection[str] = ()
+) -> dict[str, Source]:
+    """Find the sources that arguments name.
 
-    number: int
-    stem: str
-    first: Shot
-    second: Shot
+    An argument is a path, a URL, a pattern, `camera:N`, or "-" for standard input. A path that
+    exists is never taken as a pattern. Folders are searched with their subfolders.
 
+    Args:
+        arguments: what to look for.
+        warn: receives a line if files in folders are left out.
+        exclude: folders to skip, such as that of the results.
 
-@dataclass(frozen=True)
-class Selection:
-    """Which frames of a source make pairs: those `step` apart, of `start` up to before `end`.
-
-    Frames whose longer edge exceeds `max_edge` are reduced to it.
-    """
-
-    step: int = 1
-    start: int = 0
-    end: int | None = None
-    max_edge: int | None = None
-
-    def pairs(self, frames: int) -> int:
-        """How many pairs so many frames make."""
-        return max(0, len(range(frames)[self.start : self.end]) - self.step)
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video file, or a camera."""
-
-    path: str
-
-    def identity(self) -> dict[str, object]:
-        """What tells that it is still the same."""
-        if self.path.startswith("/dev/"):
-            return {"began": time.time()}  # what a camera shows does not come back
-        return _identity(self.path)
-
-    def count(self, selection: Selection) -> int | None:
-        """How many pairs there are, roughly; None where nobody knows."""
-        frames = None if self.path.startswith("/dev/") else video.count(self.path)
-        return None if frames is None else selection.pairs(frames)
-
-    def pairs(self, selection: Selection) -> Iterator[Pair]:
-        """The pairs; SourceError where it ends badly, after all that can be read."""
-
-        def shots() -> Iterator[Shot]:
-            for one in video.frames(self.path):
-                frame = _frame(one.pixels, selection, f"{self.path}, frame {one.number}")
-                yield Shot(one.number, str(one.number), one.time, frame)
-
-        try:
-            yield from _windows(self.path, shots(), selection)
-        except video.VideoError as error:
-            raise SourceError(str(error)) from error
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Image files, one a frame."""
-
-    path: str
-    files: tuple[str, ...]
-
-    def identity(self) -> dict[str, object]:
-        """What tells that they are still the same."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(f"{file} {storage.identity(file)}\n".encode())
-        return {"files": len(self.files), "sha256": digest.hexdigest()}
-
-    def count(self, selection: Selection) -> int:
-        """How many pairs there are."""
-        return selection.pairs(len(self.files))
-
-    def pairs(self, selection: Selection) -> Iterator[Pair]:
-        """The pairs; SourceError where there are too few frames."""
-        shots = (
-            Shot(number, PurePath(file).name, None, _frame(file, selection, file))
-            for number, file in enumerate(self.files)
-        )
-        return _windows(self.path, shots, selection)
-
-
-@dataclass(frozen=True)
-class PairList:
-    """A text file with `image1 image2 [output]` a line; the name of the output may be left out."""
-
-    path: str
-
-    def identity(self) -> dict[str, object]:
-        """What tells that it is still the same."""
-        return _identity(self.path)
-
-    def count(self, selection: Selection) -> int:
-        """How many pairs there are."""
-        return len(self._lines()[selection.start : selection.end])
-
-    def pairs(self, selection: Selection) -> Iterator[Pair]:
-        """The pairs; SourceError where it is no such list."""
-        for number, (first, second, stem) in enumerate(self._lines()):
-            if number >= selection.start and (selection.end is None or number < selection.end):
-                shots = (
-                    Shot(number, path, None, _frame(path, selection, path))
-                    for path in (first, second)
-                )
-                yield Pair(number, stem or f"{number:06}", *shots)
-
-    def _lines(self) -> list[tuple[str, str, str]]:
-        try:
-            text = storage.read(self.path).decode()
-        except FileNotFoundError as error:
-            raise SourceError(f"{self.path} does not exist") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"{self.path} cannot be read as a list of pairs: {error}") from error
-        found = []
-        for number, line in enumerate(text.splitlines(), 1):
-            words = shlex.split(line, comments=True)
-            if not words:
-                continue
-            stem = os.path.splitext(words[2])[0] if len(words) == 3 else ""
-            if len(words) not in (2, 3) or os.path.isabs(stem) or ".." in PurePath(stem).parts:
-                raise SourceError(
-                    f"{self.path}, line {number}: give two images, and no more than "
-                    "the name of an output below the output folder"
-                )
-            found.append((self._beside(words[0]), self._beside(words[1]), stem))
-        return found
-
-    def _beside(self, path: str) -> str:
-        """A path of the list: from where the command runs, or else from where the list lies."""
-        if storage.is_url(path) or os.path.exists(path):
-            return path
-        return storage.join(self.path.rpartition("/")[0] or ".", path)
-
-
-Source = Video | Frames | PairList
-
-
-def _frame(source: str | Callable[[], Pixels], selection: Selection, name: str) -> Frame:
-    frame = Frame(source, name)
-    if selection.max_edge is None:
-        return frame
-    longest = selection.max_edge
-    return Frame(lambda: shrunk(frame.pixels(), longest), name)
-
-
-def _windows(path: str, shots: Iterable[Shot], selection: Selection) -> Iterator[Pair]:
-    """Pairs of shots that are `step` apart."""
-    window: deque[Shot] = deque(maxlen=selection.step + 1)
-    number = 0
-    for shot in itertools.islice(shots, selection.start, selection.end):
-        number += 1
-        window.append(shot)
-        if len(window) > selection.step:
-            yield Pair(window[0].number, f"{window[0].number:06}", window[0], shot)
-    if number <= selection.step:
-        raise SourceError(
-            f"{path} has {number} frame{'s' * (number != 1)} to pair, and "
-            f"{selection.step + 1} are needed"
-        )
-
-
-def _identity(path: str) -> dict[str, object]:
-    identity = storage.identity(path)
-    if identity is None:
-        raise SourceError(f"{path} does not exist")
-    return identity
-
-
-def find(arguments: Iterable[str]) -> dict[str, Source]:
-    """The sources that arguments name, each with a name of its own for its folder.
+    Returns:
+        The sources by the names of their output folders, in natural order of the names.
 
     Raises:
         SourceError: an argument names nothing that can be read.
     """
-    found: list[Source] = []
-    images: dict[str, list[str]] = {}
+    search = _Search({os.path.realpath(_absolute(path)) for path in exclude})
     for argument in arguments:
+        search.add(argument)
+    if search.left_out:
+        named = ", ".join(search.left_out[:_LEFT_OUT])
+        more = len(search.left_out) - _LEFT_OUT
+        warn(
+            f"left out, neither images nor videos: {named}"
+            + (f" and {more} more" if more > 0 else "")
+        )
+    return _named(search.sources())
+
+
+def shard(sources: Mapping[str, Source], index: int, count: int) -> dict[str, Source]:
+    """Return the sources of one of `count` machines.
+
+    The name alone decides, so that machines that list files in other orders agree.
+    """
+    return {
+        name: source
+        for name, source in sources.items()
+        if int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % count
+        == index
+    }
+
+
+def natural(path: str) -> list[tuple[str, int, str]]:
+    """Return a sort key with which frame2 comes before frame10."""
+    return [(text, int(digits or -1), digits) for text, digits in re.findall(r"(\D*)(\d*)", path)]
+
+
+class _Search:
+    """Collects sources from arguments."""
+
+    def __init__(self, exclude: set[str]) -> None:
+        self.left_out: list[str] = []
+        self._exclude = exclude
+        self._others: list[Source] = []
+        self._images: dict[tuple[str, str], list[str]] = {}
+        """Image files by folder and root."""
+        self._visited: set[str] = set()
+
+    def sources(self) -> list[Source]:
+        frames: list[Source] = []
+        for (folder, root), files in self._images.items():
+            ordered = sorted(files, key=lambda file: natural(file.rpartition("/")[2]))
+            for first, second in itertools.pairwise(ordered):
+                if first == second:
+                    raise SourceError(f"{first} is given twice")
+            frames.append(Frames(folder, tuple(ordered), root))
+        return [*self._others, *frames]
+
+    def add(self, argument: str) -> None:
         camera = CAMERA.fullmatch(argument)
         if camera:
-            found.append(Video(f"/dev/video{camera[1]}"))
-            continue
-        paths = storage.matching(argument) if re.search(r"[*?\[]", argument) else [argument]
-        if not paths:
+            self._others.append(Video(f"/dev/video{camera[1]}", "/dev"))
+        elif argument == video.PIPE:
+            self._others.append(Video(video.PIPE, "."))
+        elif video.is_network(argument) and _suffix(argument) not in IMAGES | LISTS:
+            self._others.append(Video(argument, storage.parent(argument)))
+        elif storage.exists(argument):
+            self._add_path(argument)
+        elif storage.is_pattern(argument) and (found := storage.matching(argument)):
+            for path in found:
+                self._add_path(path)
+        elif storage.is_pattern(argument):
             raise SourceError(f"{argument} matches no file")
-        for path in paths:
-            if storage.is_folder(path):
-                found += _in_folder(path)
-            elif _suffix(path) in IMAGES:
-                if storage.identity(path) is None:
-                    raise SourceError(f"{path} does not exist")
-                images.setdefault(path.rpartition("/")[0] or ".", []).append(path)
-            elif _suffix(path) in (".txt", ".list"):
-                found.append(PairList(path))
+        else:  # reading it says that it does not exist
+            self._others.append(Video(argument, storage.parent(argument)))
+
+    def _add_path(self, path: str, root: str | None = None) -> None:
+        """Add a file or folder that was named."""
+        if storage.is_folder(path):
+            before = len(self._others) + len(self._images), len(self.left_out)
+            self._add_folder(path.rstrip("/") or "/", path.rstrip("/") or "/")
+            if before[0] == len(self._others) + len(self._images):
+                left = len(self.left_out) - before[1]
+                raise SourceError(
+                    f"{path} holds no images and no videos"
+                    + (f", but {left} other files" if left else "")
+                )
+            return
+        folder = root or storage.parent(path)
+        if _suffix(path) in LISTS:
+            self._add_list(path)
+            return
+        kind = _kind(path)
+        if kind == "image":
+            self._add_image(path, folder)
+        elif kind == "video":
+            self._others.append(Video(path, folder))
+        elif not video.is_video(path) and _is_text(path):
+            self._add_list(path)
+        else:  # reading it says what is wrong
+            self._others.append(Video(path, folder))
+
+    def _add_list(self, path: str) -> None:
+        listed = lists.read_sources(path)
+        if listed is None:
+            self._others.append(PairList(path, storage.parent(path)))
+            return
+        folder = storage.parent(path)
+        for source in listed:
+            root = folder if source.startswith(f"{folder}/") else None
+            if storage.exists(source):
+                self._add_path(source, root)
             else:
-                found.append(Video(path))
-    found += [Frames(folder, tuple(sorted(files, key=natural))) for folder, files in images.items()]
-    return _named(found)
+                self._others.append(Video(source, root or storage.parent(source)))
+
+    def _add_image(self, path: str, root: str) -> None:
+        self._images.setdefault((storage.parent(path), root), []).append(path)
+
+    def _add_folder(self, folder: str, root: str) -> None:
+        """Add the videos and frames of a folder and its subfolders."""
+        where = os.path.realpath(_absolute(folder))
+        if where in self._visited or where in self._exclude:
+            return
+        if folder != root and _holds_results(folder):
+            self.left_out.append(f"{folder}/ (results of a run)")
+            return
+        self._visited.add(where)
+        files, folders = storage.listing(folder)
+        for file in files:
+            kind = _kind(file)
+            if kind == "image":
+                self._add_image(file, root)
+            elif kind == "video":
+                self._others.append(Video(file, root))
+            else:
+                self.left_out.append(file)
+        for inner in folders:
+            self._add_folder(inner, root)
 
 
-def _in_folder(path: str) -> list[Source]:
-    files = sorted(storage.files(path), key=natural)
-    frames = [file for file in files if _suffix(file) in IMAGES]
-    if frames:
-        return [Frames(path, tuple(frames))]
-    videos: list[Source] = [Video(file) for file in files if _suffix(file) in VIDEOS]
-    if not videos:
-        raise SourceError(f"{path} holds no images and no videos")
-    return videos
+def _kind(path: str) -> Literal["image", "video", "other"]:
+    """Decide by suffix, or by content if the suffix is unknown or may mean both."""
+    suffix = _suffix(path)
+    if suffix in IMAGES:
+        return "image"
+    if suffix in VIDEOS:
+        return "video"
+    try:
+        with storage.open_file(path) as file, Image.open(file) as image:
+            image.load()
+            animated = suffix == ".gif" and getattr(image, "n_frames", 1) > 1
+            return "video" if animated else "image"
+    except storage.StorageError:
+        return "other"
+    except Exception:
+        return "video" if video.is_video(path) else "other"
+
+
+def _is_text(path: str) -> bool:
+    with storage.open_file(path) as file:
+        start = file.read(4096)
+    return b"\0" not in start or start.startswith((b"\xff\xfe", b"\xfe\xff"))
+
+
+def _holds_results(folder: str) -> bool:
+    """Return True if a folder is the output of a run."""
+    try:
+        manifest = json.loads(storage.read(storage.join(folder, "manifest.json")))
+    except (storage.StorageError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"options", "model", "sources"} <= manifest.keys()
 
 
 def _named(sources: list[Source]) -> dict[str, Source]:
-    """Sources by the last part of their path, or by more of it where that is not enough."""
-    paths = [os.path.abspath(source.path) for source in sources]
-    stems = [PurePath(path).stem for path in paths]
-    names: dict[str, Source] = {}
-    for source, path, stem in zip(sources, paths, stems, strict=True):
-        apart = os.path.relpath(path, os.path.commonpath(paths)).replace("/", "_")
-        name = stem if stems.count(stem) == 1 else apart
-        if name in names or name == ".":
-            raise SourceError(f"{source.path} is given twice")
-        names[name] = source
-    return names
+    """Name sources by their paths, as far as needed to tell them apart.
+
+    The order of preference: the path below its root without suffix, with suffix, the path below
+    the folder that all sources share without suffix, with suffix.
+    """
+    paths = [_absolute(source.path) for source in sources]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    candidates = []
+    for source, path in zip(sources, paths, strict=True):
+        below = os.path.relpath(path, _absolute(source.root))
+        if below == ".":  # frames in the folder that was named
+            below = os.path.basename(path) or "frames"
+        if source.path == video.PIPE:
+            below = "stdin"
+        from_shared = os.path.relpath(path, shared)
+        is_file = not isinstance(source, Frames)
+        candidates.append([_bare(below, is_file), below, _bare(from_shared, is_file), from_shared])
+    level = [0] * len(sources)
+    for _ in range(3):
+        names = [names[place] for names, place in zip(candidates, level, strict=True)]
+        counts = Counter(names)
+        level = [
+            place + (counts[name] > 1) if place < 3 else place
+            for name, place in zip(names, level, strict=True)
+        ]
+    named: dict[str, Source] = {}
+    for source, names, place in zip(sources, candidates, level, strict=True):
+        name = names[place]
+        if name in named:
+            raise SourceError(
+                f"{source.path} is given twice"
+                if source.path == named[name].path
+                else f"{named[name].path} and {source.path} have one name: give one of them alone"
+            )
+        named[name] = source
+    return dict(sorted(named.items(), key=lambda item: natural(item[0])))
 
 
-def natural(path: str) -> list[tuple[str, int]]:
-    """A key that sorts frame2 before frame10."""
-    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", path)]
+def _bare(path: str, is_file: bool) -> str:
+    return os.path.splitext(storage.without_query(path))[0] if is_file else path
+
+
+def _absolute(path: str) -> str:
+    if storage.is_url(path):
+        return "/" + path.replace("://", "/", 1).rstrip("/")
+    return os.path.abspath(path)
 
 
 def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
+    return os.path.splitext(storage.without_query(path))[1].lower()

@@ -1,5 +1,6 @@
 """The command `flownet2`: flow of pairs, videos, folders and datasets, computed by a server."""
 
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -22,7 +23,11 @@ def main() -> NoReturn:
         fail("stopped", 130)
     except Error as error:
         fail(str(error))
-    except OSError as error:
-        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        fail(named)
+    except BrokenPipeError:  # as in `flownet2 models | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # such as a full disk
+        if error.errno is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     sys.exit(0)

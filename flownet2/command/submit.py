@@ -51,7 +51,7 @@ def submit(
             async with AsyncClient(
                 url, model=model, timeout=2 * patience, patience=patience
             ) as client:
-                await submissions.compute(pairs, output, client, jobs, bar.advance, bar.say)
+                await submissions.compute(pairs, output, client, jobs, bar.advance, bar.warn)
 
         try:
             asyncio.run(work())

@@ -25,6 +25,11 @@ def say(message: str) -> None:
         console.print(message, markup=False)
 
 
+def warn(message: str) -> None:
+    """Print a warning as one line."""
+    console.print(f"flownet2: {' '.join(message.split())}", markup=False)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table to standard output: framed on a terminal, else lines with tabs."""
     if not sys.stdout.isatty():
@@ -38,26 +43,30 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 class Bar:
-    """Progress bar with pairs, frames per second and time left; nothing without a terminal."""
+    """Progress bar with pairs, pairs per second and time left; nothing without a terminal."""
 
     def __init__(self, progress: rich.progress.Progress) -> None:
         self._progress = progress
-        self._task: rich.progress.TaskID | None = None
+        self._task = progress.add_task("", total=None)
+        self.shown = not progress.disable
 
-    def begin(self, name: str, pairs: int | None) -> None:
-        """Start a new bar of this name and length."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(name, total=pairs)
+    def begin(self, name: str, pairs: int | None = None) -> None:
+        """Show the name of what is processed and, if given, set the expected number of pairs."""
+        self._progress.update(self._task, description=name)
+        if pairs is not None:
+            self.expect(pairs)
+
+    def expect(self, pairs: int) -> None:
+        """Set the expected number of pairs."""
+        self._progress.update(self._task, total=pairs)
 
     def advance(self) -> None:
         """Count one pair."""
-        if self._task is not None:
-            self._progress.advance(self._task)
+        self._progress.advance(self._task)
 
-    def say(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         """Print a line above the bar."""
-        console.print(message, markup=False)
+        warn(message)
 
 
 class _Speed(rich.progress.ProgressColumn):

@@ -19,7 +19,7 @@ from PIL import Image
 from flownet2 import read_flow
 from flownet2.colours import colours
 from flownet2.formats import from_kitti
-from flownet2.manifest import agree
+from flownet2.manifest import update_manifest
 from flownet2.measures import occluded
 from launch import triton, wheel
 from tests.support.command import command, fail, flownet2, succeed
@@ -381,7 +381,10 @@ def test_many_agree_on_a_manifest_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         for number in range(20):
             out = tmp_path / str(number)
-            agreed = [threads.submit(agree, str(out), {"model": "net"}, sources) for _ in range(8)]
+            agreed = [
+                threads.submit(update_manifest, str(out), {"model": "net"}, sources)
+                for _ in range(8)
+            ]
             for one in agreed:
                 one.result()
             assert json.loads((out / "manifest.json").read_bytes())["sources"] == sources

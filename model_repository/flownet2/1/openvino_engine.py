@@ -66,7 +66,8 @@ class OpenVinoEngine:
         flow = np.empty((*image1.shape[:3], 2), np.float32)
         for pair, result in zip(zip(image1, image2, strict=True), flow, strict=True):
             images = dict(zip(IMAGE_INPUTS, (image[None] for image in pair), strict=True))
-            result[...] = request.infer(images, share_inputs=True, share_outputs=True)[0]
+            request.set_output_tensor(openvino.Tensor(result[None], shared_memory=True))
+            request.infer(images, share_inputs=True, share_outputs=True)
         return flow
 
     def _memory(self, shape: Shape) -> int:
