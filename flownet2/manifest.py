@@ -52,6 +52,11 @@ def update_manifest(folder: str, facts: Mapping[str, Any], sources: Mapping[str,
             )
     known = before.get("sources", {})
     for name, source in json.loads(json.dumps(sources)).items():
+        if name in known and "started" in source:
+            raise ManifestError(
+                f"{source['path']} is live, so it cannot continue {storage.join(folder, name)}: "
+                "choose another folder, or --overwrite"
+            )
         if name in known and {**known[name], "path": ""} != {**source, "path": ""}:
             raise ManifestError(
                 f"{storage.join(folder, name)} holds results of {known[name]['path']}, which has "
@@ -250,6 +255,8 @@ def _row(values: list[str]) -> Row | None:
     """Return a row; None for a line that was cut off."""
     try:
         number, first, second, shown, next_shown, file, size, crc32 = values
+        if len(crc32) != 8:
+            return None
         times = tuple(float(value) if value else None for value in (shown, next_shown))
         if any(value is not None and not math.isfinite(value) for value in times):
             return None
@@ -261,7 +268,7 @@ def _row(values: list[str]) -> Row | None:
             times[1],
             file,
             int(size),
-            crc32 if len(crc32) == 8 else "",
+            crc32,
         )
     except ValueError:
         return None

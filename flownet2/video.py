@@ -1,6 +1,7 @@
 """Decoding and encoding of videos with FFmpeg's libraries."""
 
 import contextlib
+import errno
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -235,7 +236,11 @@ class _Reading:
                         self._broken = True
                         self._decoder_errors += 1
         except av.error.FFmpegError as error:
-            self._error = str(error.strerror)
+            # FFmpeg reports the end of an HTTP stream without a length as EIO.
+            if not (self._live and error.errno == errno.EIO):
+                self._error = str(error.strerror)
+            with contextlib.suppress(av.error.FFmpegError):
+                yield from self._stream.decode(None)
 
     def problem(self, read: int) -> str:
         """Return what is wrong with the video after `read` frames, or ""."""

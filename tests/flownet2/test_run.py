@@ -1,11 +1,13 @@
 """`flownet2 run` as a user has it: a process, real clips, a real Triton."""
 
 import csv
+import http.server
 import json
+import os
 import signal
 import struct
 import subprocess
-from collections.abc import Callable
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +26,7 @@ from flownet2.measures import occluded
 from launch import triton, wheel
 from tests.support.command import command, fail, flownet2, succeed
 from tests.support.gateway_stack import ROOT, picture, wait_until
+from tests.support.videos import write_video
 
 WIDTH, HEIGHT = 64, 48
 
@@ -40,31 +43,6 @@ def frames(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT)) ->
     for number, image in enumerate(images):
         image.save(folder / f"frame{number}.png")
     return [np.asarray(image) for image in images]
-
-
-def clip(
-    path: Path,
-    count: int,
-    size: tuple[int, int] = (WIDTH, HEIGHT),
-    *,
-    codec: str = "ffv1",
-    pixels: str = "bgr0",
-    times: Callable[[int], Fraction] | None = None,
-    **options: str,
-) -> list[np.ndarray]:
-    """A video of random pictures, lossless unless said otherwise."""
-    images = [np.asarray(picture(seed, *size)) for seed in range(count)]
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = *size, pixels
-        base = Fraction(1, 1000 if times else 25)
-        stream.codec_context.time_base = base
-        for number, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = int(times(number) / base) if times else number, base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return images
 
 
 def closed_form(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -89,7 +67,7 @@ def index(folder: Path) -> list[dict[str, str]]:
 
 
 def test_sources_of_all_kinds_in_one_run(tmp_path: Path, url: str) -> None:
-    video = clip(tmp_path / "film.mkv", 12)
+    video = write_video(tmp_path / "film.mkv", 12)
     still = frames(tmp_path / "stills", 12)
     pairs = tmp_path / "pairs.txt"
     pairs.write_text(
@@ -135,7 +113,7 @@ def test_a_colour_video_has_one_scale_and_the_times_of_its_source(tmp_path: Path
     def uneven(number: int) -> Fraction:
         return Fraction(number * number, 100)
 
-    images = clip(tmp_path / "film.mkv", 11, (63, 47), times=uneven)
+    images = write_video(tmp_path / "film.mkv", 11, (63, 47), times=uneven)
     out = tmp_path / "out"
     succeed(
         "run", tmp_path / "film.mkv", "-o", out, server=url,
@@ -167,7 +145,7 @@ def test_frames_apart_a_stretch_and_a_longest_edge(tmp_path: Path, url: str) -> 
 
 @pytest.mark.parametrize("pixels", ["gray", "yuv420p10le"])
 def test_grey_and_ten_bit_video(tmp_path: Path, url: str, pixels: str) -> None:
-    images = clip(tmp_path / "film.mkv", 3, pixels=pixels)
+    images = write_video(tmp_path / "film.mkv", 3, pixels=pixels)
     succeed("run", tmp_path / "film.mkv", "-o", tmp_path / "out", server=url)
     flow = read_flow(tmp_path / "out" / "film" / "000001.flo")
     if pixels == "gray":
@@ -177,7 +155,7 @@ def test_grey_and_ten_bit_video(tmp_path: Path, url: str, pixels: str) -> None:
 
 def test_rotated_video_is_upright(tmp_path: Path, url: str) -> None:
     path = tmp_path / "film.mp4"
-    images = clip(path, 3, codec="libx264rgb", pixels="rgb24")
+    images = write_video(path, 3)
     content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 4 + 40  # the matrix of the track's header, version 0
     assert struct.unpack_from(">9i", content, place)[::4] == (1 << 16, 1 << 16, 1 << 30)
@@ -196,7 +174,7 @@ def test_a_video_that_is_cut_off_gives_what_can_be_read(
     tmp_path: Path, url: str, suffix: str
 ) -> None:
     path = tmp_path / f"film.{suffix}"
-    clip(path, 60, codec="mpeg4", pixels="yuv420p", movflags="faststart")
+    write_video(path, 60, codec="mpeg4", pixels="yuv420p", movflags="faststart")
     succeed("run", path, "-o", tmp_path / "whole", server=url)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     said = fail("run", path, "-o", tmp_path / "out", server=url)
@@ -256,6 +234,7 @@ def test_errors_can_be_noted_and_skipped(tmp_path: Path, url: str) -> None:
         "-o", out, on_error="skip", server=url,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert "3 errors skipped" in result.stdout
     check_flows(out / "good", images)
     assert [path.name for path in (out / "broken").glob("*.flo")] == ["000002.flo"]
     with (out / "errors.csv").open() as file:
@@ -332,7 +311,7 @@ def shown(out: Path) -> tuple[list[int | None], np.ndarray]:
 def test_a_run_that_is_ended_goes_on_where_it_was(
     tmp_path: Path, url: str, ending: signal.Signals
 ) -> None:
-    clip(tmp_path / "film.mkv", 120)
+    write_video(tmp_path / "film.mkv", 120)
     arguments = ("run", tmp_path / "film.mkv", "--format", "flo,mp4", "--jobs", "2")
     once, twice = tmp_path / "once", tmp_path / "twice"
     succeed(*arguments, "-o", once, server=url)
@@ -360,7 +339,7 @@ def test_a_run_that_is_ended_goes_on_where_it_was(
 
 
 def test_two_shards_make_the_whole(tmp_path: Path, url: str) -> None:
-    videos = [clip(tmp_path / f"film{number}.mkv", 4 + number) for number in range(5)]
+    videos = [write_video(tmp_path / f"film{number}.mkv", 4 + number) for number in range(5)]
     out = tmp_path / "out"
     shards = [
         subprocess.Popen(
@@ -394,7 +373,7 @@ def test_many_agree_on_a_manifest_at_once(tmp_path: Path) -> None:
 def test_a_server_that_goes_away_for_a_while_is_waited_for(
     tmp_path: Path, closed_form_repository: Path
 ) -> None:
-    images = clip(tmp_path / "film.mkv", 200)
+    images = write_video(tmp_path / "film.mkv", 200)
     out = tmp_path / "out"
     address = triton.local_address()
     with wheel.serve(closed_form_repository, address=address) as server:
@@ -407,3 +386,216 @@ def test_a_server_that_goes_away_for_a_while_is_waited_for(
     with wheel.serve(closed_form_repository, address=address):
         assert process.wait(120) == 0
     check_flows(out / "film", images)
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path, url: str) -> None:
+    images = frames(tmp_path / "a", 3)
+    out = tmp_path / "out"
+    lines = ["a/frame0.png a/frame1.png clip.0001", "a/frame1.png a/frame2.png clip.0002"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    succeed("run", tmp_path / "list.txt", "-o", out, server=url)
+    for number in (0, 1):
+        flow = read_flow(out / "list" / f"clip.000{number + 1}.flo")
+        np.testing.assert_array_equal(flow, closed_form(*images[number : number + 2]))
+    for first, second, options in (
+        ("x.flo", "x.png", {}),
+        ("x", "./x", {}),
+        ("x", "x_backward", {"direction": "both"}),
+        ("000001", "", {}),
+        ("x", "x_occluded", {"occlusion": True, "format": "png"}),
+    ):
+        lines = [f"a/frame0.png a/frame1.png {first}", f"a/frame1.png a/frame2.png {second}"]
+        (tmp_path / "list.txt").write_text("# pairs\n" + "\n".join(lines))
+        said = fail("run", tmp_path / "list.txt", "-o", tmp_path / "no", server=url, **options)
+        assert "lines 2 and 3" in said
+    assert not (tmp_path / "no").exists()
+
+
+def test_nothing_found_is_a_failure(tmp_path: Path, url: str) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    assert "lists nothing" in fail("run", tmp_path / "list.txt", "-o", out, server=url)
+    frames(tmp_path / "one", 1)
+    result = flownet2("run", tmp_path / "one", "-o", out, on_error="skip", server=url)
+    assert result.returncode == 1
+    assert "no pair" in result.stderr
+
+
+def test_a_run_that_stops_names_what_is_not_done(tmp_path: Path, url: str) -> None:
+    write_video(tmp_path / "b.avi", 30, codec="mpeg4", pixels="yuv420p")
+    write_video(tmp_path / "c.mkv", 3)
+    images = write_video(tmp_path / "a.mkv", 3)
+    content = (tmp_path / "b.avi").read_bytes()
+    (tmp_path / "b.avi").write_bytes(content[: len(content) * 6 // 10])
+    said = fail("run", tmp_path, "-o", tmp_path / "out", server=url)
+    assert "b.avi can be read up to frame" in said
+    assert "1 other source is not done" in said
+    check_flows(tmp_path / "out" / "a", images)
+    result = flownet2("run", tmp_path, "-o", tmp_path / "out", on_error="skip", server=url)
+    assert result.returncode == 0
+    assert (tmp_path / "out" / "c" / "000001.flo").exists()
+
+
+def test_overwriting_deletes_nothing_but_results(tmp_path: Path, url: str) -> None:
+    frames(tmp_path / "a", 3)
+    out = tmp_path / "out"
+    succeed("run", tmp_path / "a", "-o", out, server=url)
+    kept = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert "missing" in fail("run", tmp_path / "missing", "-o", out, overwrite=True, server=url)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == kept
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    (out / "a" / "link").symlink_to(tmp_path)
+    index_file = out / "a" / "index.csv"
+    for name in ("../../victim.txt", str(victim), "link/victim.txt"):
+        index_file.write_bytes(kept[index_file] + f"9,a,b,,,{name},4,00000000\n".encode())
+        assert "victim.txt" in fail("run", tmp_path / "a", "-o", out, overwrite=True, server=url)
+    assert victim.read_text() == "mine"
+    for name in ("manifest.json", "a/index.csv"):
+        other = tmp_path / name.replace("/", "_") / name
+        other.parent.mkdir(parents=True)
+        other.write_text('{"name": "another program\'s"}\n')
+        root = tmp_path / name.replace("/", "_")
+        for overwrite in ({}, {"overwrite": True}):
+            said = fail("run", tmp_path / "a", "-o", root, server=url, **overwrite)
+            assert "was not written by flownet2" in said
+        assert "another program" in other.read_text()
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, url: str) -> None:
+    images = frames(tmp_path / "a", 3)
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    odd.mkdir()
+    for number in range(3):
+        name = os.fsdecode(b"f\xfc%d.png" % number)
+        (tmp_path / "a" / f"frame{number}.png").rename(odd / name)
+    write_video(odd / "film.mkv", 3)
+    (odd / os.fsdecode(b"list\xe9.txt")).write_bytes(b"f\xfc0.png f\xfc1.png out\xe9\n")
+    out = odd / "out"
+    arguments = ("run", odd, odd / os.fsdecode(b"list\xe9.txt"), "-o", out, "--format", "flo,mp4")
+    for _ in range(2):  # the second finds what the first wrote
+        line = command(*arguments, server=url)
+        result = subprocess.run(
+            list(map(os.fsencode, line)), cwd=ROOT, capture_output=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    flow = read_flow(out / os.fsdecode(b"caf\xe9") / "000001.flo")
+    np.testing.assert_array_equal(flow, closed_form(*images[1:]))
+    assert (out / os.fsdecode(b"list\xe9") / os.fsdecode(b"out\xe9.flo")).exists()
+    missing = ("run", odd / "missing.mp4", "-o", out)
+    line = list(map(os.fsencode, command(*missing, server=url)))
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, check=False)
+    assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"names": "mmaction"}, ["flow_x_00001.jpg", "flow_x_00002.jpg", "flow_y_00001.jpg"]),
+        ({"names": "tsn"}, ["flow_x_00001.jpg", "flow_x_00002.jpg", "flow_y_00001.jpg"]),
+        ({"names": "raft"}, ["frame0001.flo", "frame0002.flo"]),
+        ({"names": "{stem}"}, ["frame0.flo", "frame1.flo"]),
+        ({"names": "sub/{stem}-{number:03}", "format": "npy"}, ["sub/frame0-000.npy"]),
+    ],
+)
+def test_names_that_other_programs_read(
+    tmp_path: Path, url: str, options: dict[str, str], names: list[str]
+) -> None:
+    images = frames(tmp_path / "a", 3)
+    succeed("run", tmp_path / "a", "-o", tmp_path / "out", server=url, **options)
+    out = tmp_path / "out" / "a"
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
+    assert set(names) <= set(found)
+    assert len(found) == 1 + (4 if found[0].endswith(".jpg") else 2)
+    if found[0].endswith(".jpg"):
+        grey = np.asarray(Image.open(out / "flow_y_00002.jpg"), np.float32)
+        expected = np.clip((closed_form(*images[1:])[..., 1] + 20) * 255 / 40, 0, 255)
+        assert np.abs(grey - expected).mean() < 2
+
+
+def test_patterns_of_names_that_are_refused(tmp_path: Path, url: str) -> None:
+    write_video(tmp_path / "film.mkv", 3)
+    for pattern in ("{stem}", "{frame}", "../{number}", "/tmp/{number}", "{number", ".{number}"):
+        said = fail("run", tmp_path / "film.mkv", "-o", tmp_path / "out", names=pattern, server=url)
+        assert pattern in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shorter_edge(tmp_path: Path, url: str) -> None:
+    frames(tmp_path / "wide", 2)
+    frames(tmp_path / "high", 2, (30, 64))
+    succeed("run", tmp_path, "-o", tmp_path / "out", server=url, short_edge=24)
+    assert read_flow(tmp_path / "out" / "wide" / "000000.flo").shape == (24, 32, 2)
+    assert read_flow(tmp_path / "out" / "high" / "000000.flo").shape == (51, 24, 2)
+
+
+class _Film(http.server.BaseHTTPRequestHandler):
+    """Serves one video, as a file or as a stream without a length."""
+
+    content = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path.startswith("/live"):
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(self.content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_streams_and_pipes(tmp_path: Path, url: str) -> None:
+    images = write_video(tmp_path / "film.mkv", 12)
+    _Film.content = (tmp_path / "film.mkv").read_bytes()
+    out = tmp_path / "out"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Film) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in ("file.mkv?token=1", "live.mkv"):
+            succeed("run", f"{address}/{name}", "-o", out / name, server=url)
+            check_flows(out / name / name.partition(".")[0], images)
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")}
+        succeed("run", f"{address}/file.mkv?token=1", "-o", out / "file.mkv?token=1", server=url)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")} == before
+        said = fail("run", f"{address}/live.mkv", "-o", out / "live.mkv", server=url)
+        assert "is live" in said
+        server.shutdown()
+    line = command("run", "-", "-o", out / "pipe", server=url)
+    with (tmp_path / "film.mkv").open("rb") as film:
+        assert subprocess.run(line, cwd=ROOT, stdin=film, check=False).returncode == 0
+    check_flows(out / "pipe" / "stdin", images)
+
+
+def test_a_folder_of_many_kinds_that_is_killed_again_and_again(tmp_path: Path, url: str) -> None:
+    films = {
+        "run/a": write_video(tmp_path / "in" / "run" / "a.mkv", 40),
+        "run/b": write_video(tmp_path / "in" / "run" / "b.mkv", 30),
+        "jump/a": write_video(tmp_path / "in" / "jump" / "a.mkv", 35),
+        "still": frames(tmp_path / "in" / "still", 20),
+    }
+    out = tmp_path / "out"
+    line = command("run", tmp_path / "in", "-o", out, "--names", "raft", jobs=2, server=url)
+    done = 0
+    for round in range(3):
+        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL)
+        wait_until(lambda enough=done + 15: len(list(out.rglob("*.flo"))) > enough)
+        process.kill()
+        process.wait()
+        done = len(list(out.rglob("*.flo")))
+        assert done < 121, round
+    said = succeed(*line[3:])
+    assert set(path.name for path in out.iterdir()) == {"run", "jump", "still", "manifest.json"}
+    assert f"{121 - done}" in said or f"{122 - done}" in said
+    for name, images in films.items():
+        assert len(list((out / name).glob("*.flo"))) == len(images) - 1
+        for number in range(len(images) - 1):
+            flow = read_flow(out / name / f"frame{number + 1:04}.flo")
+            np.testing.assert_array_equal(flow, closed_form(*images[number : number + 2]))
+        rows = index(out / name)
+        assert [int(row["number"]) for row in rows] == list(range(len(images) - 1))

@@ -15,8 +15,8 @@ def write_video(
     count: int,
     size: tuple[int, int] = (64, 48),
     *,
-    codec: str = "libx264rgb",
-    pixels: str = "rgb24",
+    codec: str = "",
+    pixels: str = "",
     times: Callable[[int], Fraction] | None = None,
     format: str | None = None,
     sound: tuple[str, int, float] | None = None,
@@ -25,10 +25,15 @@ def write_video(
     """Write a video of random pictures and return them.
 
     Args:
+        codec: by default FFV1, which is lossless, in Matroska, and H.264 of RGB elsewhere.
+        pixels: pixel format.
         sound: codec, rate in Hz and length in seconds of a silent sound track.
         options: options of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    lossless = path.suffix == ".mkv"
+    pixels = pixels or ("bgr0" if lossless else "rgb24")
+    codec = codec or ("ffv1" if lossless else "libx264rgb")
     images = [np.asarray(picture(seed, *size)) for seed in range(count)]
     with av.open(str(path), "w", format=format, options=options) as container:
         stream = container.add_stream(codec, rate=25)
