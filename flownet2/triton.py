@@ -1,5 +1,7 @@
-"""Talking to Triton: gRPC channel options, the health-check inference, and what failures mean."""
+"""Talking to Triton: gRPC channel options, health-check inference, failures, reports of engines."""
 
+import re
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -68,3 +70,32 @@ def failure(code: str, message: str) -> Failure:
     if unavailable or connection_lost or backend_lost:
         return "unavailable"
     return "unknown-model" if code == "NOT_FOUND" else "model-failed"
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Engine that runs a model, as the model reports it in Triton's metrics.
+
+    Attributes:
+        model: name of the model.
+        engine: such as "openvino" or "onnxruntime".
+        device: such as "CPU".
+        precision: such as "float32".
+        golden_difference_px: mean distance to the flow of the golden pair when it was loaded.
+    """
+
+    model: str
+    engine: str
+    device: str
+    precision: str
+    golden_difference_px: float
+
+
+def engine_reports(metrics: str) -> list[EngineReport]:
+    """Return the reports in Triton's metrics (Prometheus text format)."""
+    reports = []
+    for line, value in re.findall(r"^flownet2_golden_difference_px{(.*)} (\S+)$", metrics, re.M):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+        facts = {name: labels.get(name, "") for name in ("model", "engine", "device", "precision")}
+        reports.append(EngineReport(**facts, golden_difference_px=float(value)))
+    return reports

@@ -27,18 +27,20 @@ FIRST_CHECK_SECONDS = 5.0
 class Cluster:
     """Round-robin load balancing over all Triton endpoints."""
 
-    def __init__(self, hosts: list[str], default_model: str) -> None:
+    def __init__(self, hosts: list[str], default_model: str, metrics_port: int = 8002) -> None:
         """Set the endpoints.
 
         Args:
             hosts: `host:port` strings. A DNS name stands for all of its addresses, and is resolved
                 again every few seconds.
             default_model: model of requests that name none.
+            metrics_port: port of every Triton's metrics.
 
         Raises:
             ValueError: a string is not `host:port`.
         """
         self._default_model = default_model
+        self._metrics_port = metrics_port
         self._hosts = [self._split(host) for host in hosts]
         self._addresses: dict[tuple[str, int], set[str]] = {}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
@@ -105,7 +107,7 @@ class Cluster:
         """Check the endpoints at these addresses, and no others."""
         known = {endpoint.address: endpoint for endpoint in self._watches}
         for address in wanted - known.keys():
-            endpoint = Endpoint(address, self._default_model)
+            endpoint = Endpoint(address, self._default_model, self._metrics_port)
             self._watches[endpoint] = asyncio.create_task(endpoint.watch())
         for address in known.keys() - wanted:
             # Its connection closes when the last request in flight has ended.

@@ -1,9 +1,11 @@
 """One Triton: the models that it serves, health checks, and inference."""
 
 import asyncio
+import http.client
 import logging
 import math
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,7 @@ from flownet2 import contract
 from flownet2.errors import Error
 from flownet2.formats import Flow
 from flownet2.models import Model
-from flownet2.triton import CHANNEL, failure, health_check
+from flownet2.triton import CHANNEL, EngineReport, engine_reports, failure, health_check
 from gateway.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -37,6 +39,9 @@ HEALTH_CHECK_SECONDS = 3.0
 CALL_TIMEOUT_SECONDS = 10.0
 """Deadline of health checks and metadata. A Triton that computes on all cores may respond late; one
 that has exited refuses the connection at once."""
+
+ENGINES_SECONDS = 10.0
+"""Time between reads of the engines in Triton's metrics."""
 
 MAX_FLOW_SIDES = 4
 """Largest plausible component of a flow, in sides of the image."""
@@ -125,10 +130,12 @@ class Endpoint:
         unverified: models that must pass a health check before they get requests. Triton may call a
             model ready whose process was killed.
         checked: set after the first check.
+        engines: engines that run the models, if Triton's metrics can be read.
     """
 
     address: str
     default_model: str
+    metrics_port: int
     version: str = ""
     models: dict[str, Model] = field(default_factory=dict)
     error: str = "not checked yet"
@@ -136,6 +143,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.unverified = {self.default_model}
         self.checked = asyncio.Event()
+        self.engines: list[EngineReport] = []
         self._in_flight = 0
         self._last_flow = -math.inf
         # The stub itself: tritonclient's class around it takes twice the CPU time.
@@ -143,7 +151,23 @@ class Endpoint:
         self._stub = GRPCInferenceServiceStub(self.channel)
 
     async def watch(self) -> None:
-        """Keep `models` and `error` up to date until cancelled."""
+        """Keep the state up to date until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_models())
+            group.create_task(self._watch_engines())
+
+    async def _watch_engines(self) -> None:
+        url = f"http://{self.address.rpartition(':')[0]}:{self.metrics_port}/metrics"
+        await self.checked.wait()
+        while True:
+            try:
+                metrics = await asyncio.to_thread(_read, url)
+                self.engines = engine_reports(metrics)
+            except (OSError, ValueError, http.client.HTTPException):  # another port, or a firewall
+                self.engines = []
+            await asyncio.sleep(ENGINES_SECONDS)
+
+    async def _watch_models(self) -> None:
         while True:
             before = bool(self.models), self.error
             try:
@@ -295,3 +319,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, EndpointLost | GatewayError):
         return f"does not answer: {error}"
     return str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
+
+
+def _read(url: str) -> str:
+    """Return the text at a URL, without a proxy: Triton is on the local network."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=CALL_TIMEOUT_SECONDS) as response:
+        content: bytes = response.read()
+        return content.decode()

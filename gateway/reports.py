@@ -47,6 +47,18 @@ class Models(BaseModel):
     models: list[ServedModel]
 
 
+class Engine(BaseModel):
+    """Engine that runs a model."""
+
+    model: str
+    engine: str = Field(description="such as openvino or onnxruntime")
+    device: str
+    precision: str
+    golden_difference_px: float = Field(
+        description="mean distance in pixels to the flow of the golden pair, when it was loaded"
+    )
+
+
 class EndpointHealth(BaseModel):
     """One Triton, as the last health check found it."""
 
@@ -54,6 +66,10 @@ class EndpointHealth(BaseModel):
     version: str = Field(description="Triton's version; empty until it was first reached")
     models: list[str] = Field(description="models that it serves")
     backends: list[str] = Field(description="Triton backends that run them: tensorrt or python")
+    engines: list[Engine] = Field(
+        description="engines of the models that check themselves against a golden pair; empty if "
+        "Triton's metrics cannot be read"
+    )
     error: str = Field(description="why it serves no model, or not all of its models")
 
 
@@ -117,6 +133,10 @@ async def healthz(state: SharedState, detailed: Annotated[bool, Depends(has_key)
                 version=endpoint.version,
                 models=sorted(endpoint.models),
                 backends=sorted({model.backend or "" for model in endpoint.models.values()}),
+                engines=[
+                    Engine.model_validate(engine, from_attributes=True)
+                    for engine in endpoint.engines
+                ],
                 error=endpoint.error,
             )
             for endpoint in state.cluster.endpoints

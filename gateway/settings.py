@@ -43,6 +43,13 @@ class Settings(BaseSettings):
         description="Triton's gRPC endpoints, `host:port`, separated by commas; "
         "a DNS name stands for all of its addresses",
     )
+    triton_metrics_port: int = Field(
+        default=8002,
+        gt=0,
+        le=65535,
+        validation_alias="TRITON_METRICS_PORT",
+        description="port of Triton's metrics, which name the engine of each model for `/healthz`",
+    )
     otlp_endpoint: str | None = Field(
         default=None,
         validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",

@@ -24,7 +24,9 @@ class State:
         self.limits = Limits(
             settings.max_in_flight, settings.max_waiting, settings.max_buffered_bytes
         )
-        self.cluster = Cluster(settings.triton_endpoints, settings.default_model)
+        self.cluster = Cluster(
+            settings.triton_endpoints, settings.default_model, settings.triton_metrics_port
+        )
         self.keys = ApiKeys(settings.api_keys_file)
         self.metrics = Metrics(self.limits, self.cluster)
         self.threads = Threads(settings.threads)

@@ -48,6 +48,7 @@ def serve(
         "PYTHONUNBUFFERED": "1",
         "HOST": triton.host,
         "PORT": str(port),
+        "TRITON_METRICS_PORT": str(triton.metrics_port),
         "TRITON_ENDPOINTS": f"{bracketed(reachable(triton.host))}:{triton.grpc_port}",
         **(settings or {}),
     }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flownet2.contract import MODEL_NAME
+from flownet2.triton import engine_reports
 from launch.check import TIMEOUT_SECONDS, answers_ok, open_directly, reason, url
 from launch.child import Child, Echo
 from launch.errors import LaunchError
@@ -159,14 +160,11 @@ def engines(address: Address) -> list[str]:
             metrics = response.read().decode()
     except (OSError, http.client.HTTPException):  # a line of the log less
         return []
-    lines = []
-    for labels, value in re.findall(r"^flownet2_golden_difference_px{(.*)} (\S+)$", metrics, re.M):
-        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        lines.append(
-            f"{label['model']}: {label['engine']} on {label['device']}, {label['precision']}; "
-            f"differs from the golden pair by {float(value):.4f} px"
-        )
-    return lines
+    return [
+        f"{report.model}: {report.engine} on {report.device}, {report.precision}; "
+        f"differs from the golden pair by {report.golden_difference_px:.4f} px"
+        for report in engine_reports(metrics)
+    ]
 
 
 def check_repository(repository: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flownet2 import read_flow
+from tests.support.gateway_stack import wait_until
 from tests.support.stack import ROOT, Stack
 
 SAMPLES = sorted(path.parent for path in (ROOT / "samples").glob("*/gt.flo"))
@@ -85,3 +86,16 @@ def test_modes_and_sizes(stack: Stack, mode: str) -> None:
     assert response["scale_x_back_factor"] == 301 / 512
     flow = np.array(response["flow"])
     assert epe(flow, expected) < 0.5 * epe(np.zeros_like(expected), expected)
+
+
+def test_health_names_the_engine_and_its_golden_difference(stack: Stack) -> None:
+    def engines() -> list[dict[str, object]]:
+        return httpx2.get(f"{stack.url}/healthz").json()["triton"][0]["engines"]
+
+    wait_until(engines)
+    (engine,) = engines()
+    assert engine["model"] == "flownet2"
+    assert engine["engine"]
+    assert engine["device"]
+    assert engine["precision"]
+    assert 0 <= engine["golden_difference_px"] <= 0.05

@@ -77,7 +77,7 @@ def infer(address: str, model: str, timeout: float, count: int = 1) -> list[obje
     """What `count` simultaneous inferences end in."""
 
     async def run() -> list[object]:
-        endpoint = Endpoint(address, "flownet2")
+        endpoint = Endpoint(address, "flownet2", 8002)
         try:
             calls = [
                 endpoint.infer(model, IMAGE, IMAGE, timeout=timeout, request_id="t", headers={})
