@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 REPOSITORY := model_repository
 NETWORK ?= FlowNet2
 
-.PHONY: help serve reload test lint bench soak parity images-test up weights model openapi lock clean
+.PHONY: help serve reload test lint bench soak parity images-test up plugins weights model openapi lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -44,6 +44,11 @@ images-test: $(VENV)/.dev ## both Dockerfiles, built with buildah on stand-in ba
 
 up: ## the same service from docker-compose.yml: on the GPU where there is one
 	docker compose --profile $(if $(shell command -v nvidia-smi),gpu,cpu) up --build
+
+plugins: ## build the compiled correlation for the GPU (with nvcc, CMake and a C++ compiler)
+	plugins/fetch_headers.sh build/onnxruntime
+	cmake -S plugins -B build/plugins
+	cmake --build build/plugins --parallel
 
 weights: | $(BIN)/python ## download official weights (research only) and export them: make weights NETWORK=FlowNet2
 	$(PIP_INSTALL) -e '.[serve,export]'

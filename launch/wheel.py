@@ -34,6 +34,8 @@ from launch.triton import (
     run,
 )
 
+PLUGINS = Path(__file__).parent.parent / "build" / "plugins"  # where `make plugins` builds the op
+
 
 @contextlib.contextmanager
 def serve(
@@ -139,7 +141,7 @@ def server_environment(wheel: Path, folder: Path, gpu_packages: Path | None) -> 
     packages = [wheel.parent.parent]
     environment = {**os.environ, "PATH": _joined([programs, os.environ.get("PATH") or os.defpath])}
     if gpu_packages:
-        libraries += sorted(gpu_packages.glob("nvidia/*/lib"))
+        libraries += [*sorted(gpu_packages.glob("nvidia/*/lib")), PLUGINS]
         packages.insert(0, gpu_packages)
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import av
@@ -18,10 +19,15 @@ from tests.support.stack import ROOT, Stack
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 EXAMPLE = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<kind>sh|python)\n(?P<text>.*?)^```",
+    r"^ *(?:<!-- not run: (?P<reason>[^\n]+) -->\n *)?```(?P<kind>sh|python)\n(?P<text>.*?)^ *```",
     re.DOTALL | re.MULTILINE,
 )
-DEFAULT_PORTS = {"PORT": "5003", "TRITON_HTTP_PORT": "8000", "TRITON_GRPC_PORT": "8001"}
+DEFAULT_PORTS = {
+    "PORT": "5003",
+    "TRITON_HTTP_PORT": "8000",
+    "TRITON_GRPC_PORT": "8001",
+    "TRITON_METRICS_PORT": "8002",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -33,7 +39,7 @@ def test_examples(page: Path, stack: Stack, tmp_path: Path) -> None:
     for example in EXAMPLE.finditer(page.read_text()):
         if example["reason"] or ("perf_analyzer" in example["text"] and not has_perf_analyzer()):
             continue
-        run(example["kind"], example["text"], stack, tmp_path)
+        run(example["kind"], textwrap.dedent(example["text"]), stack, tmp_path)
 
 
 def run(kind: str, text: str, stack: Stack, folder: Path) -> None:
