@@ -3,15 +3,11 @@
 import itertools
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import onnx
 import onnxruntime
-import openvino
 import pytest
 
 from export.served import openvino_engine
-from export.served.bfloat16 import cast_to_bfloat16
 from export.served.machine import has_bfloat16
 from export.served.openvino_engine import OpenVinoEngine, precisions
 from tests.support.exported import Exported
@@ -111,54 +107,6 @@ def test_every_network_is_right_at_every_size(
         error = end_point_error(one, want).mean() / np.linalg.norm(want, axis=-1).mean()
         print(f"{exported.name} {precision} {size}: {error:.1e}")
         assert error < limit, size
-
-
-def test_only_wide_convolutions_are_cast(onnx_file: Path) -> None:
-    """Nothing that carries flow, coordinates or the cost volume may lose its mantissa."""
-    inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
-    model = openvino.Core().read_model(inlined.SerializeToString())
-    cast_to_bfloat16(model)
-    bfloat16 = [
-        node
-        for node in model.get_ordered_ops()
-        if node.get_output_size() and node.get_output_element_type(0) == openvino.Type.bf16
-    ]
-    carriers = {"Interpolate", "GridSample", "Sqrt", "ReduceSum", "Subtract", "Floor", "Divide"}
-    assert not carriers & {node.get_type_name() for node in bfloat16}
-    # The products of the cost volume, one for each dy, compare features that are bfloat16 anyway.
-    assert [node.get_type_name() for node in bfloat16].count("MatMul") == 21
-    convolutions = [
-        node
-        for node in model.get_ordered_ops()
-        if node.get_type_name() in {"Convolution", "ConvolutionBackpropData"}
-    ]
-    for node in convolutions:
-        # conv1 and, in this thin network, conv2.
-        reads_little = node.get_input_partial_shape(0)[1].get_length() <= 24
-        predicts_flow = node.get_output_partial_shape(0)[1] == 2
-        wide = not reads_little and not predicts_flow
-        assert (node in bfloat16) == wide, node.get_friendly_name()
-    # C: conv3 of both images, conv_redir, 7 of the tail; S: 8; 4 deconvolutions each.
-    assert sum(node in bfloat16 for node in convolutions) == 2 + 1 + 7 + 4 + 8 + 4
-
-
-def test_weights_are_rounded_to_the_nearest(onnx_file: Path) -> None:
-    """OpenVINO's own conversion shrinks them, by half a unit on average."""
-    inlined = onnx.inliner.inline_local_functions(onnx.load(onnx_file))
-    nearest = {
-        onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16).tobytes()
-        for tensor in inlined.graph.initializer
-    }
-    model = openvino.Core().read_model(inlined.SerializeToString())
-    cast_to_bfloat16(model)
-    constants = [
-        node.data
-        for node in model.get_ordered_ops()
-        if node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.bf16
-    ]
-    weights_and_biases = [data for data in constants if data.size > 1]
-    assert len(weights_and_biases) >= 2 * (1 + 1 + 7 + 4 + 8 + 4)
-    assert all(data.tobytes() in nearest for data in weights_and_biases)
 
 
 @pytest.mark.parametrize(

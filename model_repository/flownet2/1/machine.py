@@ -8,8 +8,12 @@ from pathlib import Path
 
 def has_bfloat16() -> bool:
     """Return True if the CPU has bfloat16 arithmetic; without it OpenVINO would emulate it."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_flags())
+
+
+def has_amx() -> bool:
+    """Return True if the CPU multiplies matrices of bfloat16."""
+    return "amx_bf16" in _cpu_flags()
 
 
 def available_cores() -> int:
@@ -27,3 +31,7 @@ def available_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
+
+
+def _cpu_flags() -> list[str]:
+    return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()

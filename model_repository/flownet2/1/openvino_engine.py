@@ -1,24 +1,21 @@
 """Runs an exported network on the CPU by OpenVINO.
 
 OpenVINO ran the networks faster than ONNX Runtime on every CPU that was measured (``make bench``
-repeats it). If the CPU multiplies bfloat16 in hardware, the wide convolutions run in bfloat16,
-which halves the time. All that carries flow stays float32, see :func:`.bfloat16.cast_to_bfloat16`.
+repeats it). The graph is rewritten for the CPU, see :mod:`.passes`: if the CPU multiplies bfloat16
+in hardware, the convolutions run in bfloat16, which halves the time.
 """
 
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx.inliner
 import openvino
 
 from flownet2.contract import IMAGE_INPUTS, adapted
 
-from .bfloat16 import cast_to_bfloat16
 from .engines import Flow, Images, feature_bytes
-from .machine import available_cores, available_memory, has_bfloat16
+from .machine import available_cores, available_memory, has_amx, has_bfloat16
+from .passes import Graph
 from .planned import PlannedShapes, Shape
-from .resampling import remove_idle_resampling
 
 # OpenVINO 2026.4.1 on a Xeon with AMX, bfloat16, images at most 64 wide and thousands high (black
 # from 64x12288, with texture from 64x8192): flow of 1e28, or not finite, or another at each call.
@@ -52,7 +49,7 @@ class OpenVinoEngine:
         self.name = f"OpenVINO {openvino.get_version().split('-')[0]}"
         self.precision = precision
         self._path = path
-        self._model, self._metadata = _read(path, precision)
+        self._graph = Graph(path, precision == "bf16", has_amx())
         limit = int(PLANNED_SHARE * available_memory())
         self._planned = PlannedShapes(self._plan, self._memory, limit)
 
@@ -72,29 +69,19 @@ class OpenVinoEngine:
 
     def _memory(self, shape: Shape) -> int:
         """Return the bytes that a plan occupies: its own copy of the weights, and features."""
-        features = feature_bytes(self._metadata, adapted(shape[1]) * adapted(shape[2]), PIXEL_BYTES)
+        pixels = adapted(shape[1]) * adapted(shape[2])
+        features = feature_bytes(self._graph.metadata, pixels, PIXEL_BYTES)
         return self._path.stat().st_size + int(features)
 
     def _plan(self, shape: Shape) -> openvino.InferRequest:
         narrow = self.precision == "bf16" and adapted(shape[2]) < BFLOAT16_WIDTH
-        model = _read(self._path, "fp32")[0] if narrow else self._model.clone()
-        model.reshape({name: list(shape) for name in IMAGE_INPUTS})
-        remove_idle_resampling(model)
-        return _compile(model)
+        graph = Graph(self._path, False, False) if narrow else self._graph
+        return _compile(graph.for_shape(shape))
 
 
 def precisions() -> list[str]:
     """Return the precisions that suit this CPU, by preference."""
     return ["bf16", "fp32"] if has_bfloat16() else ["fp32"]
-
-
-def _read(path: Path, precision: str) -> tuple[openvino.Model, dict[str, str]]:
-    # OpenVINO knows neither our op nor model-local functions: put the function's body in place.
-    inlined = onnx.inliner.inline_local_functions(onnx.load(path))
-    model = openvino.Core().read_model(inlined.SerializeToString())
-    if precision == "bf16":
-        cast_to_bfloat16(model)
-    return model, {entry.key: entry.value for entry in inlined.metadata_props}
 
 
 def _compile(model: openvino.Model) -> openvino.InferRequest:
