@@ -3,7 +3,7 @@
 import re
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -211,16 +211,32 @@ def test_gpu_engine_serves_shapes_in_turn_and_batches(
                 assert end_point_error(flow, want).mean() < 0.02
 
 
-@pytest.mark.usefixtures("cuda_stand_in")
-def test_wrong_gpu_engine_is_not_used(
-    repository: Path, reference: onnxruntime.InferenceSession
-) -> None:
-    """Its file has other weights: as a wrong kernel, it gives wrong flow and no error."""
-    version = repository / "flownet2" / "1"
+def change_weights(version: Path) -> None:
+    """Give the GPU's engine other weights: as with a wrong kernel, it gives a wrong flow."""
     model = onnx.load(version / "model_fp16.onnx")
     tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     tensor.raw_data = np.negative(np.frombuffer(tensor.raw_data, np.float16)).tobytes()
     onnx.save(model, version / "model_fp16.onnx")
+
+
+def crash(version: Path) -> None:
+    """Let the GPU's engine crash, as a library does that does not fit the driver."""
+    with (version / "onnxruntime_engine.py").open("a") as module:
+        module.write("\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+
+
+@pytest.mark.usefixtures("cuda_stand_in")
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(change_weights, "its flow of the golden pair"), (crash, "it crashes (Segmentation fault)")],
+)
+def test_faulty_gpu_engine_is_not_used(
+    repository: Path,
+    reference: onnxruntime.InferenceSession,
+    fault: Callable[[Path], None],
+    words: str,
+) -> None:
+    fault(repository / "flownet2" / "1")
     lines: list[str] = []
     with (
         wheel.serve(repository, echo=lines.append) as server,
@@ -232,9 +248,7 @@ def test_wrong_gpu_engine_is_not_used(
             infer(client, tritonclient.grpc, images), expected(reference, images)
         )
         assert error.mean() < 0.03
-    assert any(
-        "flownet2: ONNX Runtime is not used: its flow of the golden" in line for line in lines
-    )
+    assert any(f"flownet2: ONNX Runtime is not used: {words}" in line for line in lines)
 
 
 def test_model_that_no_engine_runs_right_is_not_loaded_and_the_old_one_serves_on(

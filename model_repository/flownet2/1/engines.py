@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ Candidate = tuple[str, Callable[[], Engine]]
 """An engine's description and its constructor."""
 
 
-def candidates(folder: Path, gpu: int | None) -> Iterator[Candidate]:
+def candidates(folder: Path, gpu: int | None, golden: Golden) -> Iterator[Candidate]:
     """Yield the engines that may run a model, by preference.
 
     A model without a ``model_fp16.onnx`` runs in float32 only.
@@ -126,22 +127,47 @@ def candidates(folder: Path, gpu: int | None) -> Iterator[Candidate]:
     Args:
         folder: the model's version folder.
         gpu: the number of the GPU to run on, None for the CPU.
+        golden: its golden pair.
     """
     provider = os.environ.get(PROVIDER_VARIABLE)
     if gpu is not None or provider:
 
-        def on_gpu() -> Engine:
+        def create_on_gpu() -> Engine:
             from .onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415
 
             return OnnxRuntimeEngine(folder, gpu or 0, *filter(None, [provider]))
 
-        yield "ONNX Runtime", on_gpu
+        def create_checked() -> Engine:
+            check_for_crash(lambda: golden.difference(create_on_gpu()))
+            return create_on_gpu()
+
+        yield "ONNX Runtime", create_checked
     from .openvino_engine import OpenVinoEngine, precisions  # noqa: PLC0415
 
     reduced = (folder / "model_fp16.onnx").is_file()
     for precision in precisions() if reduced else ["fp32"]:
         create = functools.partial(OpenVinoEngine, folder / "model.onnx", precision)
         yield f"OpenVINO in {precision}", create
+
+
+def check_for_crash(run: Callable[[], object]) -> None:
+    """Run a function in a process of its own, whose crash does not end this one.
+
+    A driver or a library of CUDA that does not fit may crash, after which no other engine could be
+    tried. An exception of the function is ignored: it will be raised here again.
+
+    Raises:
+        EngineError: the process crashed.
+    """
+    process = os.fork()
+    if process == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status):
+        raise EngineError(f"it crashes ({signal.strsignal(os.WTERMSIG(status))})")
 
 
 def first_that_is_right(

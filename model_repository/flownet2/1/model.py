@@ -81,9 +81,10 @@ class TritonPythonModel:
         on_gpu = arguments["model_instance_kind"] == "GPU"
         gpu = int(arguments["model_instance_device_id"]) if on_gpu else None
         self._max_pixels = _max_pixels(arguments["model_config"])
+        golden = Golden.read(folder / "golden.npz")
         self.engine, difference = first_that_is_right(
-            candidates(folder, gpu),
-            Golden.read(folder / "golden.npz"),
+            candidates(folder, gpu, golden),
+            golden,
             lambda line: pb_utils.Logger.log_warn(f"{name}: {line}"),
         )
         facts = {
