@@ -56,8 +56,6 @@ class OnnxRuntimeEngine:
         half = folder / "model_fp16.onnx"
         self._path = half if half.is_file() else folder / "model.onnx"
         self._any_shape = self._session()
-        if self._any_shape.get_providers()[0] != provider:
-            raise EngineError(f"ONNX Runtime does not load its {provider}; its log says why")
         self._metadata = self._any_shape.get_modelmeta().custom_metadata_map
         self.precision = self._metadata.get("precision", "fp32")
         self._pairs = int(self._metadata.get("batch", MAX_BATCH_SIZE))
@@ -99,7 +97,8 @@ class OnnxRuntimeEngine:
             with runtime_errors():
                 return _Plan(self._session(shape), shape, self._kind, self._number)
         except RuntimeError as error:
-            print(f"no CUDA graph for {shape}: {error}", flush=True)  # to Triton's log
+            # To Triton's log.
+            print(f"flownet2: no network compiled for the shape {shape}: {error}", flush=True)
             return self._run_any_shape
 
     def _session(self, shape: Shape | None = None) -> onnxruntime.InferenceSession:
@@ -121,12 +120,16 @@ class OnnxRuntimeEngine:
             settings["enable_cuda_graph"] = 1
         if shape and self._cuda:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             self._path,
             options,
             providers=[self._provider],
             provider_options=[settings if self._cuda else {}],
+            enable_fallback=0,
         )
+        if session.get_providers()[0] != self._provider:
+            raise EngineError(f"ONNX Runtime does not load its {self._provider}; its log says why")
+        return session
 
 
 class _Plan:
@@ -135,10 +138,8 @@ class _Plan:
     def __init__(
         self, session: onnxruntime.InferenceSession, shape: Shape, kind: str, number: int
     ) -> None:
-        def allocate(shape: Shape, kind_of_number: type) -> onnxruntime.OrtValue:
-            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                shape, kind_of_number, kind, number
-            )
+        def allocate(shape: Shape, dtype: type) -> onnxruntime.OrtValue:
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, kind, number)
 
         self._session = session
         self._images = [allocate(shape, np.uint8) for _ in IMAGE_INPUTS]
