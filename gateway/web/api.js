@@ -1,13 +1,13 @@
-// The service's public HTTP API.
+// Client of the service's HTTP API.
 
 import { parseNpy, parseNpz } from "./npy.js";
 
-/** The service's address: this module lies at web/api.js below it, whatever prefix a proxy adds. */
+/** The service's URL. This module is at web/api.js below it, whatever prefix a proxy adds. */
 export const BASE = new URL("..", import.meta.url);
 
 const KEY = "flownet2-api-key";
 
-/** A request that was not answered with a flow; `field` names what is wrong, if one thing is. */
+/** A failed request; `field` is the field or parameter at fault, if there is one. */
 export class Problem extends Error {
   constructor({ status = 0, field = null, detail, retryAfter = 0 }) {
     super(detail);
@@ -15,12 +15,12 @@ export class Problem extends Error {
   }
 }
 
-/** Keep an API key for as long as this tab is open; an empty one is forgotten. */
+/** Keep an API key until this tab is closed; an empty key removes it. */
 export function setKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
-/** Whether requests carry a key. */
+/** Return true if requests carry a key. */
 export function hasKey() {
   return Boolean(sessionStorage.getItem(KEY));
 }
@@ -45,14 +45,14 @@ async function call(path, options = {}) {
   });
 }
 
-/** The loaded networks, as `GET /models` lists them. */
+/** Return the loaded networks as `GET /models` lists them. */
 export async function models() {
   const [, body] = await call("models");
   return JSON.parse(new TextDecoder().decode(body)).models;
 }
 
-/** What a request is in HTTP, but for its files; snippets show the same. */
-export function wire({ size, model, both }) {
+/** Return the path and the `Accept` header of a request. */
+export function target({ size, model, both }) {
   const query = new URLSearchParams({ size });
   if (model) query.set("model", model);
   if (both) query.set("direction", "both");
@@ -67,10 +67,10 @@ export function wire({ size, model, both }) {
  * "native"), `model`, and `both` for the occluded pixels too.
  *
  * Gives `flow` (`{width, height, data}`, u and v in turns), `occluded` (one byte a pixel, or null)
- * and `stages` (`[name, milliseconds]`, the last one "total"; none where nothing was measured).
+ * and `stages` (`[name, milliseconds]`, the last "total"; empty if nothing was measured).
  */
 export async function estimate(request, signal) {
-  const { path, accept } = wire(request);
+  const { path, accept } = target(request);
   const body = new FormData();
   body.append("image1", request.image1.blob, request.image1.name);
   body.append("image2", request.image2.blob, request.image2.name);
@@ -80,7 +80,7 @@ export async function estimate(request, signal) {
   return toResponse(arrays, response.headers.get("Server-Timing") ?? "");
 }
 
-/** Arrays and a `Server-Timing` header as `estimate` gives them. */
+/** Combine arrays and a `Server-Timing` header as `estimate` returns them. */
 function toResponse({ flow, occluded }, timing) {
   const [height, width] = flow.shape;
   return {
@@ -90,7 +90,7 @@ function toResponse({ flow, occluded }, timing) {
   };
 }
 
-/** The sample that the page opens with: its request's images and its response, made beforehand. */
+/** Return the sample that the page opens with: two images and a response computed beforehand. */
 export async function sample() {
   const file = async (name) => (await fetch(new URL(`web/sample/${name}`, BASE))).blob();
   const [first, second, arrays, about] = await Promise.all(

@@ -1,5 +1,5 @@
-// Middlebury's colours of flow, as flownet2.formats has them: the hue is the direction, white is no
-// motion, `maximum` pixels the full colour, anything longer darker.
+// Middlebury's flow colours, as in flownet2.colours: hue is direction, white is no motion, full
+// colour is `maximum` pixels, longer vectors are darker.
 
 // Steps of the colour circle of Baker et al., "A Database and Evaluation Methodology for Optical
 // Flow" (IJCV 2011): from each of the six pure colours to the next.
@@ -19,7 +19,7 @@ const CIRCLE = STEPS.flatMap(([start, count], i) => {
   );
 });
 
-/** The longest vector of a flow, in pixels. */
+/** Return the length of the longest vector of a flow, in pixels. */
 export function longest({ data }) {
   let square = 0;
   for (let i = 0; i < data.length; i += 2) {
@@ -28,7 +28,7 @@ export function longest({ data }) {
   return Math.sqrt(square);
 }
 
-/** A flow as an opaque ImageData of its own size. */
+/** Return a flow as an opaque ImageData of its own size. */
 export function colourise({ width, height, data }, maximum) {
   const image = new ImageData(width, height);
   const pixels = image.data;
@@ -50,7 +50,7 @@ export function colourise({ width, height, data }, maximum) {
   return image;
 }
 
-/** The legend: a disc `size` pixels across, every direction and length at its place. */
+/** Return the legend: a disc of `size` pixels that shows every direction and length. */
 export function wheel(size) {
   const data = new Float32Array(2 * size * size);
   const middle = (size - 1) / 2;

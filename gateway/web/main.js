@@ -1,29 +1,25 @@
-// The page: wires its controls to the service and to the viewer.
+// The page: connects its controls to the service and to the viewer.
 
 import { Problem, estimate, hasKey, models, sample, setKey } from "./api.js";
+import { $, all, chosen, pause } from "./dom.js";
 import { toFlo, toNpy } from "./npy.js";
-import { sentence, showModel, showStages } from "./report.js";
+import { connect, isPlaying, openVideo, showPanel } from "./playback.js";
+import { readout, showModel, showStages } from "./report.js";
 import { asCurl, asPython } from "./snippets.js";
-import { Camera, Video } from "./video.js";
+import { compare, errorMap, isTruth, readTruth } from "./truth.js";
 import { Viewer } from "./view.js";
 
-const $ = (id) => document.getElementById(id);
-const all = (selector) => document.querySelectorAll(selector);
-const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
-const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
-
-let served = []; // what /models lists
-let waiting = 0; // the timer that asks for it again
+let served = []; // models that the service lists
+let retry = 0; // timer of the next attempt to list them
 let pair = [null, null]; // the images of the next request: {blob, name}
-let untouched = true; // they are still the sample's
-let shown = null; // the request and the response that are on display
+let truth = null; // its ground truth, if there is one
+let isSample = true; // the pair is still the sample
+let shown = null; // the request and the response on display
 let running = null; // the AbortController of the request in flight
-let video = null; // the opened Video
-let live = null; // the Video or Camera that plays
 
 const viewer = new Viewer({ flow: $("flow"), images: $("images"), legend: $("legend") }, (pixel) => {
   $("readout").classList.toggle("pointing", pixel !== null);
-  $("readout").textContent = pixel ? sentence(pixel) : $("readout").dataset.empty;
+  $("readout").textContent = pixel ? readout(pixel) : $("readout").dataset.empty;
 });
 
 // Requests
@@ -39,7 +35,7 @@ function request() {
   };
 }
 
-/** An image file without its EXIF orientation, which browsers follow and the service ignores. */
+/** Return an image file without its EXIF orientation, which browsers apply and the service ignores. */
 async function unturned({ blob }) {
   const bytes = new Uint8Array(await blob.arrayBuffer());
   const exif = new TextDecoder("latin1").decode(bytes.subarray(0, 65536)).indexOf("Exif\0\0");
@@ -47,13 +43,14 @@ async function unturned({ blob }) {
   return new Blob([bytes], { type: blob.type });
 }
 
-/** An image to draw, or null where the browser knows no such file. */
+/** Return an image to draw, or null if the browser does not support its format. */
 async function decode(image) {
   return createImageBitmap(await unturned(image)).catch(() => null);
 }
 
-/** Ask for the flow of the pair and show it; whether that went well. */
+/** Estimate the flow of the pair and show it; give true if that succeeded. */
 async function run() {
+  const live = isPlaying();
   if (!live) showSlots();
   if (!pair[0] || !pair[1]) return false;
   running?.abort();
@@ -62,15 +59,15 @@ async function run() {
   clearProblems();
   document.body.classList.add("busy");
   if (!live) $("status").textContent = "Estimating…";
-  const began = performance.now();
+  const start = performance.now();
   try {
     const [response, image1, image2] = await Promise.all([
       estimate(asked, signal),
       decode(asked.image1),
       decode(asked.image2),
     ]);
-    const ms = performance.now() - began;
-    const model = served.find((one) => (asked.model ? one.name === asked.model : one.default));
+    const ms = performance.now() - start;
+    const model = served.find((each) => (asked.model ? each.name === asked.model : each.default));
     const rate = live ? `${(1000 / ms).toFixed(1)} pairs a second` : `${ms.toFixed(0)} ms in all`;
     display({ asked, response, image1, image2, model: model ?? {} }, rate);
     $("status").textContent = live ? rate : `Done in ${ms.toFixed(0)} ms.`;
@@ -94,9 +91,10 @@ function display(result, rate) {
   const { asked, response, image1, image2, model } = result;
   viewer.show({ ...response, image1, image2 });
   const { width, height } = viewer.size;
-  $("credit").hidden = !untouched;
+  $("credit").hidden = !isSample;
   $("dimensions").textContent = `${width} × ${height}`;
   $("longest").textContent = `longest ${viewer.longest.toFixed(1)} px`;
+  showErrors();
   showScale();
   showModel($("about"), model, response.flow, rate);
   $("timing").hidden = response.stages.length === 0;
@@ -104,12 +102,31 @@ function display(result, rate) {
   showCode(asked);
 }
 
+/** Compare the flow with the ground truth, if there is one. */
+function showErrors() {
+  $("result-kind").hidden = truth === null;
+  $("accuracy").textContent = "";
+  if (!truth) return;
+  const { width, height } = viewer.size;
+  if (truth.width !== width || truth.height !== height) {
+    const detail =
+      `The ground truth has ${truth.width} × ${truth.height} pixels, the images have ` +
+      `${width} × ${height}. Choose the file of these images.`;
+    showProblem(new Problem({ field: "truth", detail }));
+    return;
+  }
+  const errors = compare(shown.response.flow, truth);
+  viewer.setErrors(errors.error, errorMap(errors, truth));
+  $("accuracy").textContent =
+    `EPE ${errors.epe.toFixed(2)} px, Fl ${(100 * errors.outliers).toFixed(1)} %`;
+}
+
 function clearProblems() {
   for (const place of all(".problem")) place.textContent = "";
   for (const control of all("[aria-invalid]")) control.removeAttribute("aria-invalid");
 }
 
-/** Show a sentence beside the field that it is about, or at the end of the form. */
+/** Show a problem beside the field at fault, or at the end of the form. */
 function showProblem(error) {
   if (!(error instanceof Problem)) console.error(error);
   if (error.status === 0) loadModels();
@@ -123,14 +140,14 @@ function showProblem(error) {
   document.querySelector(`[aria-describedby="${place.id}"]`)?.setAttribute("aria-invalid", "true");
 }
 
-/** Fill the list of networks, as soon as there are any. */
+/** Fill the list of networks; try again until the service has loaded one. */
 async function loadModels() {
   try {
     served = await models();
-    $("service").textContent = served.length ? "Ready" : "The model is being loaded…";
+    $("service").textContent = served.length ? "Ready" : "Loading the model…";
   } catch (error) {
     served = [];
-    $("service").textContent = error.status === 401 ? "Asks for a key" : "Not reachable";
+    $("service").textContent = error.status === 401 ? "API key required" : "Not reachable";
     if (error.status === 401) {
       showProblem(error);
       return;
@@ -138,16 +155,24 @@ async function loadModels() {
   } finally {
     document.body.classList.toggle("ready", served.length > 0);
   }
-  clearTimeout(waiting);
+  clearTimeout(retry);
   if (!served.length) {
-    waiting = setTimeout(loadModels, 3000);
+    retry = setTimeout(loadModels, 3000);
     return;
   }
   $("model").replaceChildren(
-    ...served.map(({ name, network, default: first }) =>
-      new Option(network ? `${network} (${name})` : name, name, first, first),
-    ),
+    ...served.map((model) => {
+      const option = new Option(optionText(model), model.name, model.default, model.default);
+      option.title = model.weights_license ? `Weights: ${model.weights_license}` : "";
+      return option;
+    }),
   );
+}
+
+/** Return the text of a network in the list, with its limit of pixels if it has one. */
+function optionText({ name, network, max_pixels: limit }) {
+  const text = network ? `${network} (${name})` : name;
+  return limit ? `${text}, up to ${(limit / 1e6).toFixed(1)} megapixels` : text;
 }
 
 $("key-form").addEventListener("submit", (event) => {
@@ -165,16 +190,33 @@ $("ask").addEventListener("submit", (event) => {
 });
 
 for (const control of all(".options input, .options select")) {
-  control.addEventListener("change", () => live || run());
+  control.addEventListener("change", () => isPlaying() || run());
 }
 
 // Images
 
-/** Take an image file for one side of the pair. */
+/** Set the image of one side, and forget the sample or the ground truth of another pair. */
 function setImage(side, file) {
-  if (untouched) pair = [null, null];
-  untouched = false;
+  if (isSample) pair = [null, null];
+  isSample = false;
   pair[side] = { blob: file, name: file.name };
+  setTruth(null, "");
+}
+
+function setTruth(read, name) {
+  truth = read;
+  $("truth-name").textContent = name || "Ground truth (optional)";
+}
+
+/** Read a file of ground truth, and compare the flow on display with it. */
+async function openTruth(file) {
+  clearProblems();
+  setTruth(null, "");
+  try {
+    setTruth(await readTruth(file), file.name);
+  } catch (error) {
+    showProblem(new Problem({ field: "truth", detail: error.message }));
+  }
 }
 
 async function showSlots() {
@@ -198,8 +240,16 @@ for (const [side, input] of [$("image1"), $("image2")].entries()) {
   input.parentElement.addEventListener("drop", (event) => take(event, side));
 }
 
+$("truth").addEventListener("change", async ({ target }) => {
+  if (!target.files.length) return;
+  await openTruth(target.files[0]);
+  target.value = "";
+  if (shown) showErrors();
+});
+
 $("swap").addEventListener("click", () => {
   pair.reverse();
+  setTruth(null, "");
   run();
 });
 
@@ -212,123 +262,48 @@ document.addEventListener("dragleave", (event) => {
 });
 document.addEventListener("drop", (event) => take(event));
 
-/** Take dropped files: a video, two images in the order of their names, or one for a side. */
-function take(event, side) {
+/**
+ * Open dropped files: a video; or two images in the order of their names, or one for a side, and
+ * the ground truth of the pair.
+ */
+async function take(event, side) {
   event.preventDefault();
   event.stopPropagation();
   document.body.classList.remove("dragging");
   const files = [...event.dataTransfer.files];
   const film = files.find(({ type }) => type.startsWith("video/"));
   if (film) {
-    setSource("video");
-    openVideo(film);
-  } else if (files.length) {
-    setSource("files");
-    files.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
-    if (files.length > 1 || (side === undefined && pair.every(Boolean))) pair = [null, null];
-    const first = files.length > 1 ? 0 : (side ?? pair.indexOf(null));
-    files.slice(0, 2).forEach((file, i) => setImage(first + i, file));
-    run();
+    showPanel("video");
+    await openVideo(film);
+    return;
   }
-}
-
-// Video and camera
-
-function setSource(name) {
-  document.querySelector(`input[name="source"][value="${name}"]`).checked = true;
-  for (const panel of all("[data-source]")) panel.hidden = panel.dataset.source !== name;
-  stop();
-}
-
-for (const input of all('input[name="source"]')) {
-  input.addEventListener("change", () => setSource(input.value));
-}
-
-async function openVideo(file) {
-  stop();
-  clearProblems();
-  video?.close();
-  video = null;
-  try {
-    video = await Video.open(file, $("video"));
-  } catch (error) {
-    return showProblem(new Problem({ field: "video", detail: error.message }));
+  if (!files.length) return;
+  showPanel("files");
+  const found = await Promise.all(files.map(isTruth));
+  // Several PNG files of 16 bits are images.
+  const truthFile = found.filter(Boolean).length === 1 ? files[found.indexOf(true)] : null;
+  const images = files.filter((file) => file !== truthFile);
+  images.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+  if (images.length > 1 || (images.length && side === undefined && pair.every(Boolean))) {
+    pair = [null, null];
   }
-  $("video-name").textContent = file.name;
-  $("steps").hidden = false;
-  await showFrame(0);
+  const first = images.length > 1 ? 0 : (side ?? pair.indexOf(null));
+  images.slice(0, 2).forEach((file, i) => setImage(first + i, file));
+  if (truthFile) await openTruth(truthFile);
+  if (images.length) run();
+  else if (shown) showErrors();
 }
 
-$("video-file").addEventListener("change", ({ target }) => {
-  if (target.files.length) openVideo(target.files[0]);
-});
-
-/** Ask for the flow from one frame to the one `step` later. */
-async function showFrame(index) {
-  const step = Math.max(1, Math.min(Math.round(Number($("step").value)), video.length - 1));
-  const last = Math.max(0, video.length - 1 - step);
-  const first = Math.min(Math.max(index, 0), last);
-  $("frame").max = last;
-  $("frame").value = first;
-  $("frame-name").textContent = `${first} → ${first + step} of ${video.length}`;
-  const frames = await Promise.all([video.frame(first), video.frame(first + step)]);
-  if (frame() !== first) return true; // another one is wanted by now
-  pair = frames;
-  untouched = false;
-  return run();
-}
-
-const frame = () => Number($("frame").value);
-$("previous").addEventListener("click", () => showFrame(frame() - 1));
-$("next").addEventListener("click", () => showFrame(frame() + 1));
-$("frame").addEventListener("change", () => showFrame(frame()));
-$("step").addEventListener("change", () => showFrame(frame()));
-
-/** Ask for pair after pair, as fast as the service answers, until it is stopped. */
-async function play(source, button, advance) {
-  live = source;
-  $("status").setAttribute("aria-live", "off"); // nobody wants every pair read out
-  button.setAttribute("aria-pressed", "true");
-  while (live === source && (await advance()));
-  if (live === source) stop();
-}
-
-function stop() {
-  if (live instanceof Camera) live.close();
-  live = null;
-  showSlots();
-  $("status").removeAttribute("aria-live");
-  $("camera").hidden = true;
-  $("live").textContent = "Start the camera";
-  $("play").textContent = "Play";
-  for (const button of [$("play"), $("live")]) button.setAttribute("aria-pressed", "false");
-}
-
-$("play").addEventListener("click", () => {
-  if (live) return stop();
-  $("play").textContent = "Pause";
-  return play(video, $("play"), async () => {
-    if (frame() >= Number($("frame").max)) return false;
-    return showFrame(frame() + 1);
-  });
-});
-
-$("live").addEventListener("click", async () => {
-  if (live) return stop();
-  clearProblems();
-  let camera;
-  try {
-    camera = await Camera.open($("camera"));
-  } catch (error) {
-    return showProblem(new Problem({ field: "camera", detail: error.message }));
-  }
-  $("camera").hidden = false;
-  $("live").textContent = "Stop the camera";
-  return play(camera, $("live"), async () => {
-    pair = await camera.pair();
-    untouched = false;
+connect({
+  run: (frames) => {
+    pair = frames;
+    isSample = false;
+    setTruth(null, "");
     return run();
-  });
+  },
+  problem: showProblem,
+  clear: clearProblems,
+  stopped: showSlots,
 });
 
 // The view
@@ -353,16 +328,17 @@ function showOptions() {
     occluded: $("occluded").checked,
     blend: Number($("blend").value),
     warped: chosen("second") === "warped",
+    errors: chosen("result") === "errors",
   });
 }
 
-for (const control of all('#arrows, #occluded, #blend, input[name="second"]')) {
+for (const control of all('#arrows, #occluded, #blend, input[name="second"], input[name="result"]')) {
   control.addEventListener("input", showOptions);
 }
 $("occluded").addEventListener("change", ({ target }) => {
-  if (target.checked && !shown?.response.occluded && !live) run();
+  if (target.checked && !shown?.response.occluded && !isPlaying()) run();
 });
-showOptions(); // a browser that reloads a page keeps what was set
+showOptions(); // browsers keep the state of controls when a page is reloaded
 
 // The response
 
@@ -399,11 +375,11 @@ $("copy").addEventListener("click", async () => {
   $("copy").textContent = "Copy";
 });
 
-// What a visitor sees first
+// The sample
 
 async function open() {
   const { image1, image2, model, response } = await sample();
-  if (!untouched) return;
+  if (!isSample) return;
   pair = [image1, image2];
   showSlots();
   const asked = { ...request(), size: "native", both: true, model: "" };

@@ -1,4 +1,4 @@
-// NumPy's .npy and .npz, and Middlebury's .flo, as bytes.
+// NumPy's .npy and .npz files, and Middlebury's .flo.
 
 const TYPES = {
   "<f4": Float32Array,
@@ -10,7 +10,7 @@ const TYPES = {
 /** Read a .npy file (format 1 to 3, C order): its `shape` and its `data`, a typed array. */
 export function parseNpy(buffer) {
   const view = new DataView(buffer);
-  if (view.getUint32(0) !== 0x934e554d) throw new Error("This is no .npy file.");
+  if (view.getUint32(0) !== 0x934e554d) throw new Error("This is not a .npy file.");
   const long = view.getUint8(6) > 1;
   const start = long ? 12 : 10;
   const end = start + (long ? view.getUint32(8, true) : view.getUint16(8, true));
@@ -18,13 +18,13 @@ export function parseNpy(buffer) {
   const [, type] = header.match(/'descr': '([^']+)'/);
   const [, sides] = header.match(/'shape': \(([^)]*)\)/);
   if (!(type in TYPES) || header.includes("'fortran_order': True")) {
-    throw new Error(`This .npy file holds what is not read here: ${header.trim()}`);
+    throw new Error(`Arrays of this type are not supported: ${header.trim()}`);
   }
   const shape = sides.split(",").filter((side) => side.trim()).map(Number);
   return { shape, data: new TYPES[type](buffer.slice(end)) };
 }
 
-/** Read a .npz file: array name -> what `parseNpy` gives. */
+/** Read a .npz file; gives the result of `parseNpy` by name of the array. */
 export async function parseNpz(buffer) {
   const view = new DataView(buffer);
   let end = buffer.byteLength - 22;
@@ -49,7 +49,7 @@ function inflate(buffer) {
   return new Response(stream).arrayBuffer();
 }
 
-/** A flow as a .npy file, float32 [height, width, 2]. */
+/** Return a flow as a .npy file, float32 [height, width, 2]. */
 export function toNpy({ width, height, data }) {
   const header = `{'descr': '<f4', 'fortran_order': False, 'shape': (${height}, ${width}, 2), }`;
   const padded = `${header.padEnd(117)}\n`; // 10 + 118 bytes, a multiple of 64
@@ -57,7 +57,7 @@ export function toNpy({ width, height, data }) {
   return new Blob([magic, padded, data]);
 }
 
-/** A flow as a Middlebury .flo file: "PIEH", width and height, then u and v in turns. */
+/** Return a flow as a Middlebury .flo file: "PIEH", width, height, then u and v in turns. */
 export function toFlo({ width, height, data }) {
   return new Blob(["PIEH", new Int32Array([width, height]), data]);
 }

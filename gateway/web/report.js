@@ -1,4 +1,4 @@
-// What a response says about itself, in words and figures.
+// Text and figures about a response.
 
 const STAGES = {
   read: "receive",
@@ -21,18 +21,18 @@ function terms(list, entries) {
   );
 }
 
-/** Which network answered, whose weights it has, and what it was asked. */
+/** Fill a list with the network, its weights and licence, and the size of the flow. */
 export function showModel(list, model, { width, height }, roundTrip) {
   const millions = model.parameters && `${(model.parameters / 1e6).toFixed(1)} million weights`;
   terms(list, [
     ["Network", [model.network ?? model.name, millions].filter(Boolean).join(", ")],
-    ["Weights", model.weights_source ?? "of unknown source"],
+    ["Weights", model.weights_source ?? "of unknown origin"],
     ["Licence", model.weights_license ?? "unknown"],
     ["Flow", `${width} × ${height}, ${roundTrip}`],
   ]);
 }
 
-/** Milliseconds by stage, as a bar and a list; stages are `[name, milliseconds]`. */
+/** Show the milliseconds of each stage as a bar and a list; stages are `[name, milliseconds]`. */
 export function showStages({ bar, list, total }, stages) {
   const all = Object.fromEntries(stages);
   const rows = Object.keys(STAGES).filter((name) => name in all);
@@ -55,14 +55,15 @@ function signed(value) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 }
 
-/** The flow of one pixel in words; see `Viewer.at`. */
-export function sentence({ x, y, u, v, occluded }) {
+/** Return the text for one pixel; see `Viewer.at`. */
+export function readout({ x, y, u, v, occluded, error }) {
   const parts = [
     `x ${x}, y ${y}`,
     `u ${signed(u)}`,
     `v ${signed(v)}`,
     `length ${Math.hypot(u, v).toFixed(2)} px`,
     ...(occluded ? ["occluded"] : []),
+    ...(Number.isNaN(error) ? [] : [`error ${error.toFixed(2)} px`]),
   ];
   return parts.join(" · ");
 }

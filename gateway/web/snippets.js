@@ -1,13 +1,13 @@
-// A request as a person would repeat it: with curl, and with the Python client.
+// A request as code: with curl, with the Python client, and with plain Python.
 
-import { BASE, wire } from "./api.js";
+import { BASE, target } from "./api.js";
 
 const shell = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
 const python = (text) => JSON.stringify(text);
 
-/** The request as a shell command. */
+/** Return the request as a shell command. */
 export function asCurl(request, withKey) {
-  const { path, accept } = wire(request);
+  const { path, accept } = target(request);
   const file = (name) => `"${name.replace(/[\\"]/g, String.raw`\$&`)}"`; // curl's own quotes
   const parts = [
     `curl --fail-with-body ${shell(new URL(path, BASE).href)}`,
@@ -20,7 +20,7 @@ export function asCurl(request, withKey) {
   return parts.join(" \\\n  ");
 }
 
-/** The request in Python: by our client, which asks at the images' own size, or without it. */
+/** Return the request in Python: with the client, which uses the images' own size, or without. */
 export function asPython(request, withKey) {
   const [first, second] = [request.image1, request.image2].map(({ name }) => python(name));
   if (request.size !== "native") return withoutClient(request, first, second, withKey);
@@ -36,7 +36,7 @@ export function asPython(request, withKey) {
 }
 
 function withoutClient(request, first, second, withKey) {
-  const { path, accept } = wire(request);
+  const { path, accept } = target(request);
   const key = withKey ? `, "X-API-Key": os.environ["FLOWNET2_API_KEY"]` : "";
   return [
     `import io${withKey ? "\nimport os" : ""}`,

@@ -1,10 +1,10 @@
-// Frames out of a video file or a camera, by the browser's own decoder.
+// Frames of a video file or a camera, decoded by the browser.
 
 /** Resolve with the next event of a kind; reject if the media fails first. */
 function next(media, kind) {
   return new Promise((resolve, reject) => {
     media.addEventListener(kind, resolve, { once: true });
-    media.addEventListener("error", () => reject(new Error("This video cannot be played here.")), {
+    media.addEventListener("error", () => reject(new Error("The browser cannot play this video.")), {
       once: true,
     });
   });
@@ -17,7 +17,7 @@ function presented(media) {
   });
 }
 
-/** The frame that a video shows, as an image file. */
+/** Return the frame that a video shows now, as an image file. */
 async function grab(media, name, type) {
   const canvas = new OffscreenCanvas(media.videoWidth, media.videoHeight);
   canvas.getContext("2d").drawImage(media, 0, 0);
@@ -26,7 +26,7 @@ async function grab(media, name, type) {
 
 /** A video file, one frame at a time. */
 export class Video {
-  /** Open a file in a `<video>` element; rejects where the browser cannot play it. */
+  /** Open a file in a `<video>` element; rejects if the browser cannot play it. */
   static async open(file, media) {
     const video = new Video();
     video.media = media;
@@ -39,7 +39,7 @@ export class Video {
     return video;
   }
 
-  /** Seconds between frames, which browsers do not tell: the least seen in a moment of playing. */
+  /** Return the seconds between frames: browsers do not report them, so play a few and measure. */
   async #measure() {
     const over = next(this.media, "ended").then(() => Infinity);
     const times = [];
@@ -53,7 +53,7 @@ export class Video {
     return Math.min(this.media.duration, ...gaps.filter((gap) => gap > 0));
   }
 
-  /** Frame `index`, from 0, as a PNG; one after the other, however they are asked for. */
+  /** Return frame `index`, from 0, as a PNG; calls are served one after the other. */
   frame(index) {
     this.seeking = this.seeking.then(() => this.#seek(index));
     return this.seeking;
@@ -66,7 +66,7 @@ export class Video {
     return grab(this.media, `${this.stem}_${String(index).padStart(6, "0")}.png`, "image/png");
   }
 
-  /** Let go of the file. */
+  /** Release the file. */
   close() {
     URL.revokeObjectURL(this.media.src);
     this.media.removeAttribute("src");
@@ -76,10 +76,10 @@ export class Video {
 
 /** The camera, live. */
 export class Camera {
-  /** Ask for the camera and show it in a `<video>` element; rejects where there is none. */
+  /** Open the camera in a `<video>` element; rejects if there is none or it is not allowed. */
   static async open(media) {
     if (!navigator.mediaDevices) {
-      throw new Error("Browsers lend the camera to https:// and to localhost alone.");
+      throw new Error("Browsers allow the camera on https:// and on localhost only.");
     }
     const camera = new Camera();
     camera.media = media;
@@ -89,7 +89,7 @@ export class Camera {
     return camera;
   }
 
-  /** Two frames in succession, of now; whatever came since the last pair is dropped. */
+  /** Return the next two frames; frames since the last pair are dropped. */
   async pair() {
     await presented(this.media);
     const first = await grab(this.media, "camera_1.jpg", "image/jpeg");

@@ -1,8 +1,8 @@
-// The two pictures of a response: the flow in colours, and the images that it joins.
+// The two pictures of a response: the flow in colours or its errors, and the two images.
 
 import { colourise, longest, wheel } from "./colours.js";
 
-const LARGEST = 1600; // pixels an edge that images are kept at to be looked at
+const LARGEST = 1600; // longest edge at which images are shown, in pixels
 const ARROW_SPACING = 26; // CSS pixels
 const RING = 5; // radius of the crosshair, CSS pixels
 
@@ -18,30 +18,42 @@ function pixels(canvas) {
 }
 
 /**
- * Image 2 pulled back onto image 1 by the flow: at every pixel x, image 2 at x + flow(x), both
- * bilinear; transparent where that lies outside of image 2.
+ * Return a function that gives u and v, bilinear, at a pixel of an image of another size, whose
+ * outer edges coincide with those of the flow.
+ */
+export function sampler(flow, width, height) {
+  const [stepX, stepY] = [flow.width / width, flow.height / height];
+  const row = 2 * flow.width;
+  return (x, y) => {
+    const gridX = Math.min(Math.max((x + 0.5) * stepX - 0.5, 0), flow.width - 1);
+    const gridY = Math.min(Math.max((y + 0.5) * stepY - 0.5, 0), flow.height - 1);
+    const [left, top] = [Math.floor(gridX), Math.floor(gridY)];
+    const [p, q] = [gridX - left, gridY - top];
+    const at = top * row + 2 * left;
+    const right = left + 1 < flow.width ? 2 : 0;
+    const down = top + 1 < flow.height ? row : 0;
+    const value = (c) =>
+      (1 - q) * ((1 - p) * flow.data[at + c] + p * flow.data[at + right + c]) +
+      q * ((1 - p) * flow.data[at + down + c] + p * flow.data[at + down + right + c]);
+    return [value(0), value(1)];
+  };
+}
+
+/**
+ * Warp image 2 back onto image 1: at every pixel x, image 2 at x + flow(x), both bilinear;
+ * transparent where that is outside of image 2.
  *
- * `image2` may be smaller than the images that the flow is in pixels of, `scale` says how much.
+ * `scale` is the size of `image2` divided by that of the images in whose pixels the flow is.
  */
 export function warp(image2, flow, scale) {
   const { width, height } = image2;
   const source = pixels(image2);
   const target = new ImageData(width, height);
-  const [stepX, stepY] = [flow.width / width, flow.height / height];
-  const row = 2 * flow.width;
+  const sample = sampler(flow, width, height);
   for (let y = 0, out = 0; y < height; y += 1) {
-    const gridY = Math.min(Math.max((y + 0.5) * stepY - 0.5, 0), flow.height - 1);
-    const [top, q] = [Math.floor(gridY), gridY % 1];
-    const down = top + 1 < flow.height ? row : 0;
     for (let x = 0; x < width; x += 1, out += 4) {
-      const gridX = Math.min(Math.max((x + 0.5) * stepX - 0.5, 0), flow.width - 1);
-      const [left, p] = [Math.floor(gridX), gridX % 1];
-      const at = top * row + 2 * left;
-      const right = left + 1 < flow.width ? 2 : 0;
-      const sample = (c) =>
-        (1 - q) * ((1 - p) * flow.data[at + c] + p * flow.data[at + right + c]) +
-        q * ((1 - p) * flow.data[at + down + c] + p * flow.data[at + down + right + c]);
-      const [sx, sy] = [x + sample(0) * scale, y + sample(1) * scale];
+      const [u, v] = sample(x, y);
+      const [sx, sy] = [x + u * scale, y + v * scale];
       if (sx < 0 || sy < 0 || sx > width - 1 || sy > height - 1) continue;
       const [x0, y0] = [Math.floor(sx), Math.floor(sy)];
       const [a, b] = [sx - x0, sy - y0];
@@ -57,12 +69,20 @@ export function warp(image2, flow, scale) {
   return layer(width, height, (context) => context.putImageData(target, 0, 0));
 }
 
-/** Shows a response on two canvases, with one crosshair; what is shown is set by `options`. */
+/** Shows a response on two canvases, with one crosshair. `options` says what is shown. */
 export class Viewer {
-  options = { blend: 0, warped: true, arrows: true, occluded: false, maximum: null };
+  options = {
+    blend: 0,
+    warped: true,
+    arrows: true,
+    occluded: false,
+    maximum: null,
+    errors: false,
+  };
   #point = null; // the crosshair, as shares of the width and the height
+  #errors = null; // against ground truth, at the images' size
 
-  /** `onPoint` gets what `at` gives, or null, when the crosshair has moved. */
+  /** `onPoint` is called with the result of `at`, or null, when the crosshair has moved. */
   constructor({ flow, images, legend }, onPoint) {
     this.canvases = { flow, images };
     this.legend = legend;
@@ -81,7 +101,7 @@ export class Viewer {
     }
   }
 
-  /** Show a response; an image that the browser cannot show is null. */
+  /** Show a response; an image that the browser cannot decode is null. */
   show({ image1, image2, flow, occluded }) {
     const { width, height } = image1 ?? image2 ?? flow;
     this.size = { width, height };
@@ -97,7 +117,15 @@ export class Viewer {
     for (const canvas of Object.values(this.canvases)) {
       canvas.style.setProperty("--aspect", width / height);
     }
+    this.#errors = null;
     this.#colour();
+    this.#moveTo(this.#point);
+  }
+
+  /** Show errors in place of the flow while `options.errors`: an array, one a pixel, and a picture. */
+  setErrors(error, image) {
+    const picture = layer(image.width, image.height, (context) => context.putImageData(image, 0, 0));
+    this.#errors = { ...this.size, error, picture };
     this.#moveTo(this.#point);
   }
 
@@ -125,11 +153,13 @@ export class Viewer {
     const { width, height, data } = this.flow;
     const [column, row] = [Math.floor(shareX * width), Math.floor(shareY * height)];
     const [u, v] = data.subarray(2 * (row * width + column));
+    const [x, y] = [shareX * this.size.width, shareY * this.size.height].map(Math.floor);
     return {
-      x: Math.floor(shareX * this.size.width),
-      y: Math.floor(shareY * this.size.height),
+      x,
+      y,
       u,
       v,
+      error: this.#errors?.error[y * this.size.width + x] ?? NaN,
       occluded: this.mask ? this.mask.bytes[row * width + column] > 0 : null,
     };
   }
@@ -175,12 +205,13 @@ export class Viewer {
     this.onPoint(point && this.at(point));
   }
 
-  /** Draw everything anew. */
+  /** Draw everything again. */
   draw() {
     if (!this.flow) return;
     this.#paint(this.canvases.flow, (context, width, height) => {
-      context.drawImage(this.coloured, 0, 0, width, height);
-      if (this.options.arrows) this.#arrows(context, width, height);
+      const errors = this.options.errors && this.#errors;
+      context.drawImage(errors ? errors.picture : this.coloured, 0, 0, width, height);
+      if (this.options.arrows && !errors) this.#arrows(context, width, height);
     });
     this.#paint(this.canvases.images, (context, width, height) => {
       const { blend, warped } = this.options;

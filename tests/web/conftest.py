@@ -42,9 +42,9 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
         context.on("weberror", lambda error: faults.append(str(error.error)))
         context.on(
             "request",
-            lambda one: (
-                one.url.startswith(("http://127.0.0.1:", "blob:", "data:"))
-                or faults.append(one.url)
+            lambda request: (
+                request.url.startswith(("http://127.0.0.1:", "blob:", "data:"))
+                or faults.append(request.url)
             ),
         )
         context.faults = faults

@@ -16,6 +16,7 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
 from flownet2.colours import colours
+from flownet2.formats import to_flo, to_kitti
 from launch.triton import Triton
 from tests.support.gateway_stack import ROOT, Gateway, encoded, picture, run_gateway, wait_until
 from tests.support.stack import Stack
@@ -27,14 +28,19 @@ FILES = {"b_2.png": encoded(picture(2)), "a_10.png": encoded(picture(1))}
 
 def drop(page: Page, files: dict[str, bytes], kind: str = "image/png") -> None:
     """Drop files onto the page."""
+    drop_files(page, list(files.items()), kind)
+
+
+def drop_files(page: Page, files: list[tuple[str, bytes]], kind: str = "image/png") -> None:
+    """Drop files onto the page, of which two may have one name."""
     transfer = page.evaluate_handle(
         """([files, type]) => {
             const transfer = new DataTransfer();
-            for (const [name, bytes] of Object.entries(files))
+            for (const [name, bytes] of files)
                 transfer.items.add(new File([new Uint8Array(bytes)], name, {type}));
             return transfer;
         }""",
-        [{name: list(content) for name, content in files.items()}, kind],
+        [[[name, list(content)] for name, content in files], kind],
     )
     page.dispatch_event("body", "drop", {"dataTransfer": transfer})
 
@@ -57,12 +63,12 @@ def read_at(page: Page, x: int, y: int, canvas: str = "#flow") -> list[float]:
     return [float(re.search(rf"{name} ([+-][\d.]+)", text)[1]) for name in "uv"]
 
 
-def ask(gateway: Gateway, one: bytes, two: bytes, **query: str) -> np.ndarray:
+def ask(gateway: Gateway, image1: bytes, image2: bytes, **query: str) -> np.ndarray:
     """The flow by the API."""
     response = gateway.client.post(
         "/estimate_flow/",
         params={"size": "native", **query},
-        files={"image1": one, "image2": two},
+        files={"image1": image1, "image2": image2},
         headers={"Accept": "application/x-npy"},
     ).raise_for_status()
     return np.load(io.BytesIO(response.content))
@@ -128,6 +134,85 @@ def test_occluded_pixels(page: Page, gateway: Gateway) -> None:
         assert ("occluded" in page.locator("#readout").inner_text()) == mask[y, x]
 
 
+@pytest.mark.parametrize("kind", ["flo", "kitti"])
+@pytest.mark.parametrize("size", ["native", "512"])
+@pytest.mark.parametrize("together", [True, False])
+def test_errors_against_ground_truth(
+    page: Page, gateway: Gateway, kind: str, size: str, together: bool
+) -> None:
+    """A third file is the true flow: errors as the page shows them, and as NumPy computes them."""
+    if size == "512":
+        page.get_by_text(re.compile("^512")).click()
+    flow = resampled(ask(gateway, FILES["a_10.png"], FILES["b_2.png"], size=size), 48, 64)
+    truth = flow.copy()
+    truth[:24] += (3, 4)  # off by 5 pixels: an outlier where the true motion is short
+    truth[:24, 32:] += (400, 0)  # off by 400, of which 5 % are less
+    truth[40:] = np.nan
+    name, content = {
+        "flo": ("truth.flo", to_flo(truth)),
+        "kitti": ("a_10.png", to_kitti(truth)),
+    }[kind]
+    if together:
+        drop_files(page, [*FILES.items(), (name, content)])
+        wait_for_response(page, "a_10.png")
+    else:
+        drop(page, FILES)
+        wait_for_response(page, "a_10.png")
+        drop(page, {name: content})
+    accuracy = page.locator("#accuracy")
+    expect(accuracy).to_contain_text("EPE")
+    shown = [float(text) for text in re.findall(r"[\d.]+", accuracy.inner_text())]
+    known = np.isfinite(truth).all(axis=-1)
+    error = np.linalg.norm(truth - flow, axis=-1)[known]
+    length = np.linalg.norm(truth, axis=-1)[known]
+    outliers = 100 * ((error > 3) & (error > 0.05 * length)).mean()
+    assert shown == pytest.approx([error.mean(), outliers], abs=0.06)
+    page.locator("#result-kind").get_by_text("Errors").click()
+    picture = canvas_pixels(page)
+    height, width, _ = picture.shape
+    assert read_error(page, 10, 10) == pytest.approx(5, abs=0.02)
+    assert tuple(picture[height // 4, width // 4]) == (254, 224, 144)
+    red, _, blue = picture[int(height * 0.65), width // 2]
+    assert blue > red  # correct
+    assert tuple(picture[int(height * 0.95), width // 2]) == (0, 0, 0)  # unknown
+
+
+def test_ground_truth_of_other_images_is_refused(page: Page) -> None:
+    drop_files(page, [*FILES.items(), ("truth.flo", to_flo(np.zeros((5, 7, 2), np.float32)))])
+    expect(page.locator("#problem-truth")).to_contain_text("7 \N{MULTIPLICATION SIGN} 5")
+    wait_for_response(page, "a_10.png")
+    drop(page, {"truth.flo": to_flo(np.zeros((48, 64, 2), np.float32))[:-4]})
+    expect(page.locator("#problem-truth")).to_contain_text("incomplete")
+
+
+def resampled(flow: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A flow at another size, bilinear, one axis after the other."""
+    for axis, side in ((0, height), (1, width)):
+        places = (np.arange(side) + 0.5) * flow.shape[axis] / side - 0.5
+        flow = np.apply_along_axis(
+            lambda line, places=places: np.interp(places, np.arange(len(line)), line), axis, flow
+        )
+    return flow.astype(np.float32)
+
+
+def canvas_pixels(page: Page) -> np.ndarray:
+    """The picture of the flow or of its errors, RGB [height, width, 3]."""
+    width, height, data = page.evaluate(
+        """() => {
+            const {width, height} = document.getElementById("flow");
+            const context = document.getElementById("flow").getContext("2d");
+            return [width, height, [...context.getImageData(0, 0, width, height).data]];
+        }"""
+    )
+    return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def read_error(page: Page, x: int, y: int) -> float:
+    """The error that the page shows for a pixel under the mouse."""
+    read_at(page, x, y)
+    return float(re.search(r"error ([\d.]+)", page.locator("#readout").inner_text())[1])
+
+
 def test_files_and_commands_are_the_response(page: Page, gateway: Gateway, tmp_path: Path) -> None:
     """Downloads and what the curl command writes are the API's bytes."""
     drop(page, FILES)
@@ -147,8 +232,8 @@ def test_files_and_commands_are_the_response(page: Page, gateway: Gateway, tmp_p
         "/estimate_flow/?size=native", files=images, headers={"Accept": "image/png"}
     )
     theirs, ours = (
-        np.asarray(Image.open(io.BytesIO(one)).convert("RGB"), np.int16)
-        for one in (response.content, saved["png"])
+        np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), np.int16)
+        for file in (response.content, saved["png"])
     )
     assert np.abs(theirs - ours).max() <= 1  # a double rounds otherwise than a float
 
@@ -318,8 +403,8 @@ def test_asks_for_a_key(
         page.goto(guarded.url)
         for key in ("wrong", "the-key"):
             expect(page.locator("#problem-key")).to_contain_text("X-API-Key")
-            page.get_by_label("asks for an API key").fill(key)
-            page.get_by_role("button", name="Use it").click()
+            page.get_by_label("requires an API key").fill(key)
+            page.get_by_role("button", name="Use this key").click()
         page.get_by_text("Ready").wait_for()
         page.get_by_role("button", name="Estimate flow").click()
         expect(page.locator("#status")).to_contain_text("Done")
@@ -350,7 +435,7 @@ def test_no_serious_fault_of_accessibility(page: Page, scheme: str) -> None:
     for source in ("Video", "Camera", "Images"):
         page.locator("#ask").get_by_text(source, exact=True).click()
         found = Axe().run(page).response["violations"]
-        assert [one for one in found if one["impact"] in ("serious", "critical")] == []
+        assert [x for x in found if x["impact"] in ("serious", "critical")] == []
 
 
 def test_fits_a_phone(page: Page) -> None:
