@@ -42,18 +42,23 @@ _DEFLATE_RATIO = 1032
 """Largest ratio of compression of deflate, which .npz, HDF5 and PNG use."""
 
 _PFM_HEADER = re.compile(
-    rb"PF\s+(\d{1,9})(\s)(\d{1,9})\s+([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\r\n|\s)"
+    rb"PF\s+(\d{1,9})(\s+)(\d{1,9})\s+([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\r\n|\s)"
 )
 
 
 class FormatError(Error):
-    """Raised for a file or a name that is not a flow's; the message says why."""
+    """Raised for a file that is not a flow, or an unknown format; the message says why."""
 
 
 def known(flow: Flow) -> Mask:
     """Return where the flow is known, bool `[height, width]`."""
-    finite: Mask = np.isfinite(flow).all(axis=2)
-    return finite
+    return _both(np.isfinite(flow))
+
+
+def _both(components: Mask) -> Mask:
+    """Return where both components are True; NumPy is slow along an axis of two."""
+    both: Mask = components[..., 0] & components[..., 1]
+    return both
 
 
 def to_npy(flow: Flow) -> bytes:
@@ -199,10 +204,17 @@ def from_flo(content: bytes) -> Flow:
         raise FormatError("it is not a Middlebury .flo file")
     width, height = struct.unpack("<ii", content[4:12])
     if min(width, height) < 1 or len(content) != 12 + 8 * width * height:
-        raise FormatError(f"it is cut short: {width}x{height} vectors do not fill it")
+        raise FormatError(_wrong_length(content, width, height))
     flow = np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
-    flow[~(np.abs(flow) < FLO_UNKNOWN).all(axis=2)] = np.nan
+    flow[~_both(np.abs(flow) < FLO_UNKNOWN)] = np.nan
     return flow
+
+
+def _wrong_length(content: bytes, width: int, height: int) -> str:
+    return (
+        f"it is cut short or damaged: its header says {width}x{height} vectors, which its "
+        f"{len(content)} bytes do not hold"
+    )
 
 
 def to_kitti(flow: Flow) -> bytes:
@@ -213,15 +225,14 @@ def to_kitti(flow: Flow) -> bytes:
     """
     valid = known(flow)
     coded = np.rint(flow * np.float32(KITTI_SCALE) + np.float32(KITTI_ZERO))
-    beyond = valid & ~((coded >= 0) & (coded <= np.iinfo(np.uint16).max)).all(axis=2)
+    beyond = valid & ~_both((coded >= 0) & (coded <= np.iinfo(np.uint16).max))
     if beyond.any():
         raise FormatError(
             f"{beyond.sum()} of {beyond.size} vectors ({beyond.mean():.2%}) are beyond the 512 "
             "pixels that KITTI's PNG holds: choose another format, such as .flo"
         )
     coded[~valid] = 0
-    coded = np.concatenate([coded, valid[..., None]], axis=2).astype(np.uint16)
-    return png.encode(coded)
+    return png.encode(np.concatenate([coded, valid[..., None]], axis=2).astype(np.uint16))
 
 
 def from_kitti(content: bytes) -> Flow:
@@ -264,10 +275,10 @@ def from_pfm(content: bytes) -> Flow:
     width, height = int(header[1]), int(header[3])
     size = 12 * width * height
     if size == 0 or len(content) - header.end() != size:
-        raise FormatError(f"it is cut short: {width}x{height} vectors do not fill it")
+        raise FormatError(_wrong_length(content, width, height))
     channels = np.frombuffer(content, "<f4" if scale < 0 else ">f4", offset=header.end())
     flow = channels.reshape(height, width, 3)[..., :2]
-    return _as_flow(flow if header[2] == b"\n" else flow[::-1])
+    return _as_flow(flow if b"\n" in header[2] else flow[::-1])
 
 
 def to_picture(flow: Flow, maximum: float | None = None) -> bytes:
