@@ -20,11 +20,19 @@ from flownet2.concurrency import in_order
 from flownet2.datasets import SPRING_VIEWS, DatasetError, filled, matches
 from flownet2.errors import Error
 from flownet2.files import write_atomically
-from flownet2.formats import FORMATS, READABLE, Flow, FormatError, known
+from flownet2.formats import (
+    FORMATS,
+    KITTI_SCALE,
+    KITTI_ZERO,
+    READABLE,
+    Flow,
+    FormatError,
+    known,
+)
 from flownet2.images import Frame
 from flownet2.models import Model
 
-KITTI_LIMITS = (-512.0, 511.984375)
+KITTI_LIMITS = (-KITTI_ZERO / KITTI_SCALE, (2**16 - 1 - KITTI_ZERO) / KITTI_SCALE)
 """Least and largest component that KITTI's PNG holds, in pixels."""
 
 
@@ -230,9 +238,11 @@ def _pack(folder: Path, pairs: list[Pair], archive: Path) -> None:
     """Write the archive beside its place, check it, and move it there."""
     part = archive.with_name(f".{archive.name}.part")
     try:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-            for pair in pairs:
-                file.write(folder / pair.output, pair.output)
+        with zipfile.ZipFile(part, "w", compresslevel=1) as file:
+            for pair in pairs:  # .flo files are the only ones that are not compressed already
+                compressed = not pair.output.endswith(".flo")
+                method = zipfile.ZIP_STORED if compressed else zipfile.ZIP_DEFLATED
+                file.write(folder / pair.output, pair.output, method)
         with zipfile.ZipFile(part) as file:
             if sorted(file.namelist()) != sorted(pair.output for pair in pairs):
                 raise SubmitError(f"{archive}: the names in the archive are not those expected")
