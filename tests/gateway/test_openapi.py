@@ -1,7 +1,8 @@
-"""What the OpenAPI document says is what the gateway does."""
+"""The OpenAPI document and the documentation describe what the gateway does."""
 
 import base64
 import json
+import re
 
 import pytest
 import schemathesis
@@ -12,6 +13,7 @@ from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from gateway.app import create_app
+from gateway.errors import ClientGone, GatewayError
 from gateway.settings import Settings
 from tests.support.gateway_stack import ROOT, Gateway, encoded, picture
 
@@ -27,6 +29,15 @@ def document(monkeypatch: pytest.MonkeyPatch) -> dict:
 def test_openapi_json_is_current(document: dict) -> None:
     committed = json.loads((ROOT / "openapi.json").read_text())
     assert committed == document, "run `python -m gateway.openapi > openapi.json`"
+
+
+def test_the_documentation_lists_every_error() -> None:
+    page = (ROOT / "docs" / "http-api.md").read_text()
+    errors = GatewayError.__subclasses__()
+    assert len(errors) > 20
+    for error in errors:
+        if error is not ClientGone:  # which no client sees
+            assert re.search(rf"^\| {error.status} \|.*`{error.slug}`", page, re.M), error.slug
 
 
 # Half of the strings that stand for images are images.
