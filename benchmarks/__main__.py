@@ -1,6 +1,7 @@
-"""`make bench`: all benchmarks, as Markdown on standard output.
+"""`make bench`: the benchmarks that need no GPU, as Markdown on standard output.
 
-`python -m benchmarks --write` also keeps them in benchmarks/RESULTS.md. It takes some minutes.
+They take less than ten minutes on two cores. `python -m benchmarks --write` also writes them to
+benchmarks/RESULTS.md, and draws error against time in benchmarks/error_time.png.
 """
 
 import argparse
@@ -20,18 +21,19 @@ from launch import triton, wheel
 from launch.errors import LaunchError
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+PLOT = Path(__file__).parent / "error_time.png"
 WEB_SECONDS = 5.0
 
 
 def main() -> int:
-    """Run the benchmarks; 1 when the servers cannot be started."""
+    """Run the benchmarks; return 1 if the servers cannot be started."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the tables in RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="write RESULTS.md and the plot")
     options = parser.parse_args()
     bypass_proxies()
     parts = []
     try:
-        for part in sections():
+        for part in sections(PLOT if options.write else None):
             print(part, flush=True)
             parts.append(part)
     except LaunchError as error:
@@ -42,24 +44,33 @@ def main() -> int:
     return 0
 
 
-def sections() -> Iterator[str]:
-    """The parts of the report, each when it is measured."""
+def sections(plot: Path | None) -> Iterator[str]:
+    """Yield the parts of the report, each once it is measured.
+
+    Args:
+        plot: where to draw error against time.
+    """
     yield f"# Benchmarks\n\n{datetime.date.today()}, {machine()}.\n"
-    yield f"## The biggest network\n\n{engines.compare()}"
+    yield f"## The largest network\n\n{engines.compare_random('FlowNet2', rounds=5)}"
+    yield f"## The shipped network\n\n{engines.compare_shipped(rounds=15)}"
     with tempfile.TemporaryDirectory() as folder:
         network = write_shipped(Path(folder))
         half = Path(folder) / MODEL_NAME / "1" / HALF_MODEL
         with wheel.serve(Path(folder)) as server:
             address = server.address
-            errors = accuracy.compare(address, network, half)
+            errors = accuracy.precision(address, network, half)
             yield f"## Accuracy of the shipped {network}\n\n{errors}"
+            results = accuracy.beside_opencv(address, network)
+            if plot:
+                accuracy.draw(results, plot)
+            yield f"## Beside OpenCV\n\n{accuracy.results_table(results)}"
             yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
             yield f"## The command, {network}, 512x512\n\n{command.throughput(address)}"
     yield f"## The web layer alone, before a model that takes no time\n\n{web.compare(WEB_SECONDS)}"
 
 
 def perf_analyzer_table(address: triton.Address) -> str:
-    """perf_analyzer's figures, or why there are none."""
+    """Return perf_analyzer's figures, or why there are none."""
     try:
         return PerfAnalyzer().measure(address, CONCURRENCIES, ROUNDS)
     except Unavailable as error:

@@ -1,7 +1,6 @@
-"""The biggest network at 512x512: PyTorch, the engines that could serve it, and Triton.
+"""Times of a network at 512x512: eager PyTorch, the engines that can serve it, and Triton.
 
-Weights are random, as the speed does not depend on them. All are timed in turn, one call of each
-in a round, so that whatever else the machine does hits all alike.
+They are timed in turn, one call of each in a round, so that other load hits all of them alike.
 """
 
 import statistics
@@ -23,45 +22,57 @@ from export.networks import NETWORKS, FlowNet2
 from export.repository import write_model
 from export.served.machine import available_cores, has_bfloat16
 from export.served.openvino_engine import OpenVinoEngine
+from export.shipped import WEIGHTS, write_shipped
+from export.weights import load_weights
 from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
 from launch import wheel
-
-NETWORK = "FlowNet2"
-ROUNDS = 5
 
 Images = npt.NDArray[np.uint8]
 Estimate = Callable[[Images, Images], npt.NDArray[np.float32]]
 
 
-def compare() -> str:
-    """Time every way to run the network; a Markdown table."""
+def compare_shipped(rounds: int) -> str:
+    """Time the shipped network; a Markdown table."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = write_shipped(Path(folder))
+        model, _ = load_weights(NETWORKS[name], WEIGHTS)
+        return _compare(name, model, Path(folder), rounds)
+
+
+def compare_random(name: str, rounds: int) -> str:
+    """Time a network with random weights, on which the speed does not depend; a Markdown table."""
+    model = random_network(name)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), MODEL_NAME, export_onnx(model), {"network": name})
+        return _compare(name, model, Path(folder), rounds)
+
+
+def _compare(name: str, model: FlowNet2, repository: Path, rounds: int) -> str:
+    """Time every way to run a network, the model of a repository; a Markdown table."""
     torch.set_num_threads(available_cores())
-    model = random_network(NETWORK)
     random = np.random.default_rng(0)
     image1 = random.integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)
     image2 = np.roll(image1, 3, axis=2)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), "flownet2", export_onnx(model), {"network": NETWORK})
-        file = Path(folder) / "flownet2" / "1" / "model.onnx"
-        with (
-            wheel.serve(Path(folder)) as server,
-            grpc.InferenceServerClient(server.address.grpc) as client,
-        ):
-            eager = "PyTorch eager, fp32"
-            ways: dict[str, Estimate] = {
-                eager: lambda a, b: run_eager(model, a, b),
-                "ONNX Runtime, fp32": onnx_runtime(file),
-                "OpenVINO, fp32": OpenVinoEngine(file, "fp32"),
-            }
-            if has_bfloat16():
-                ways["OpenVINO, wide convolutions bf16"] = OpenVinoEngine(file, "bf16")
-            ways["**through Triton**, gRPC"] = lambda a, b: infer(client, a, b)
-            medians = time_in_turn(ways, image1, image2, ROUNDS)
+    file = repository / MODEL_NAME / "1" / "model.onnx"
+    with (
+        wheel.serve(repository) as server,
+        grpc.InferenceServerClient(server.address.grpc) as client,
+    ):
+        eager = "PyTorch eager, fp32"
+        ways: dict[str, Estimate] = {
+            eager: lambda a, b: run_eager(model, a, b),
+            "ONNX Runtime, fp32": onnx_runtime(file),
+            "our engine (OpenVINO), fp32": OpenVinoEngine(file, "fp32"),
+        }
+        if has_bfloat16():
+            ways["our engine (OpenVINO), bf16"] = OpenVinoEngine(file, "bf16")
+        ways["through Triton, gRPC"] = lambda a, b: infer(client, a, b)
+        medians = time_in_turn(ways, image1, image2, rounds)
     return table(
-        (f"{NETWORK}, {SIZE}x{SIZE}, one pair", "p50 ms", "of eager"),
+        (f"{name}, {SIZE}x{SIZE}, one pair", "p50 ms", "of eager"),
         [
-            (name, milliseconds(median), f"{median / medians[eager]:.2f}")
-            for name, median in medians.items()
+            (label, milliseconds(median), f"{median / medians[eager]:.3f}")
+            for label, median in medians.items()
         ],
     )
 
@@ -69,7 +80,7 @@ def compare() -> str:
 def time_in_turn(
     ways: dict[str, Estimate], image1: Images, image2: Images, rounds: int
 ) -> dict[str, float]:
-    """Median seconds of a call of each, over rounds in which each is called once."""
+    """Return the median seconds of a call of each, over rounds in which each is called once."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, estimate in ways.items():
@@ -81,7 +92,7 @@ def time_in_turn(
 
 
 def random_network(name: str) -> FlowNet2:
-    """A network with weights of a scale that keeps features and flow in their usual range."""
+    """Return a network with random weights that keep features and flow in their usual range."""
     torch.manual_seed(0)
     model = FlowNet2(NETWORKS[name]).eval()
     for layer in model.modules():
@@ -91,7 +102,7 @@ def random_network(name: str) -> FlowNet2:
 
 
 def run_eager(model: FlowNet2, image1: Images, image2: Images) -> npt.NDArray[np.float32]:
-    """The network in PyTorch, as most people would run it."""
+    """Run a network in PyTorch, as most people would."""
     with torch.inference_mode():
         flow: npt.NDArray[np.float32] = model(
             torch.from_numpy(image1), torch.from_numpy(image2)
@@ -100,7 +111,7 @@ def run_eager(model: FlowNet2, image1: Images, image2: Images) -> npt.NDArray[np
 
 
 def onnx_runtime(file: Path) -> Estimate:
-    """The network in ONNX Runtime, which inlines the correlation's function body."""
+    """Load a network into ONNX Runtime, which inlines the correlation's function body."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     # Threads that spin after a call would take time from the next way in the round.
@@ -119,7 +130,7 @@ def onnx_runtime(file: Path) -> Estimate:
 def infer(
     client: grpc.InferenceServerClient, image1: Images, image2: Images
 ) -> npt.NDArray[np.float32]:
-    """A request to Triton's model ``flownet2``."""
+    """Request the flow from Triton's model ``flownet2``."""
     inputs = []
     for name, image in zip(IMAGE_INPUTS, (image1, image2), strict=True):
         inputs.append(grpc.InferInput(name, list(image.shape), IMAGE_TYPE))

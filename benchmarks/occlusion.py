@@ -1,8 +1,8 @@
-"""`python -m benchmarks.occlusion [FOLDER]`: what `occluded` of `direction=both` is worth.
+"""`python -m benchmarks.occlusion [FOLDER]`: precision and recall of the occlusion mask.
 
-The shipped weights on generated scenes, whose true occlusion is known, and on a folder of pairs
-with true flow (`training.pairs`; `occlusions.png` beside a pair, where there is one, is white where
-it is occluded).
+Measures the shipped weights on generated scenes, whose occlusion is known, and on a folder of pairs
+with ground truth (`training.pairs`; if a pair has an `occlusions.png`, it is white where pixels are
+occluded). The errors without the flagged pixels tell how far the other pixels can be trusted.
 """
 
 import argparse
@@ -32,14 +32,14 @@ SEED, SCENES, HEIGHT, WIDTH = 20_261_125, 24, 384, 512
 
 @dataclass(frozen=True)
 class Case:
-    """A pair, and where its first image shows what the second does not, if that is known."""
+    """A pair, and its true occlusion mask if it is known."""
 
     pair: Pair
     occluded: npt.NDArray[np.bool_] | None
 
 
 def generated() -> Iterator[Case]:
-    """Scenes that no training has seen: their seeds are none of its own."""
+    """Yield generated scenes whose seeds no training uses."""
     textures = Textures()
     for index in range(SCENES):
         scene = render(SEED + index, 1, HEIGHT, WIDTH, textures, effects=False)
@@ -50,19 +50,19 @@ def generated() -> Iterator[Case]:
 
 
 def read(folder: Path) -> Iterator[Case]:
-    """The pairs of a folder."""
+    """Yield the pairs of a folder."""
     for pair in read_pairs(folder):
         file = folder / pair.name / "occlusions.png"
         yield Case(pair, np.asarray(Image.open(file).convert("L")) > 127 if file.exists() else None)
 
 
 def rows(cases: Iterator[Case]) -> Iterator[tuple[str, ...]]:
-    """One row for each family: share of pixels called occluded, precision, recall, errors."""
+    """Yield a row for each family: share of flagged pixels, precision, recall, errors."""
     with safe_open(WEIGHTS, framework="np") as file:
         network = NETWORKS[file.metadata()["network"]]
     model, _ = load_weights(network, WEIGHTS)
     for family, members in groupby(cases, key=lambda case: case.pair.family):
-        called, right, true, all_errors, visible_errors = [], 0, 0, [], []
+        flagged, correct, true, all_errors, visible_errors = [], 0, 0, [], []
         counted = 0
         for case in members:
             pair = case.pair
@@ -72,16 +72,16 @@ def rows(cases: Iterator[Case]) -> Iterator[tuple[str, ...]]:
             error = measures.end_point_error(forward, pair.flow)
             all_errors.append(error[pair.valid].mean())
             visible_errors.append(error[pair.valid & ~occluded].mean())
-            called.append(occluded.mean())
+            flagged.append(occluded.mean())
             if case.occluded is not None:
-                right += int((occluded & case.occluded & pair.valid).sum())
+                correct += int((occluded & case.occluded & pair.valid).sum())
                 counted += int((occluded & pair.valid).sum())
                 true += int((case.occluded & pair.valid).sum())
         yield (
-            f"{family}, {len(called)}",
-            f"{np.mean(called):.1%}",
-            f"{right / counted:.2f}" if counted else "",
-            f"{right / true:.2f}" if true else "",
+            f"{family}, {len(flagged)}",
+            f"{np.mean(flagged):.1%}",
+            f"{correct / counted:.2f}" if counted else "",
+            f"{correct / true:.2f}" if true else "",
             f"{np.mean(all_errors):.2f}",
             f"{np.mean(visible_errors):.2f}",
         )
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.occlusion", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=SAMPLES)
     folder = parser.parse_args().folder
-    head = ("pairs", "called occluded", "precision", "recall", "EPE, all", "EPE, visible")
+    head = ("pairs", "flagged", "precision", "recall", "EPE, all", "EPE, visible")
     print(table(head, [*rows(generated()), *rows(read(folder))]))
 
 

@@ -1,4 +1,4 @@
-"""The pairs that ship, as files."""
+"""The sample pairs that ship."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ SAMPLES = Path(__file__).parent.parent / "samples"
 
 
 def sample_folders() -> list[Path]:
-    """Folders of the pairs."""
+    """Return the folders of the pairs."""
     return sorted(file.parent for file in SAMPLES.glob("*/frame0.png"))
