@@ -14,16 +14,18 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, IMAGE_TYPE, MODEL_NAME
+from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS, MODEL_NAME
 from flownet2.errors import PROBLEM, UNREACHABLE, FlowError, requires_extra
 from flownet2.formats import Flow, Mask
 from flownet2.images import Frame, Pixels
 from flownet2.measures import occluded
 from flownet2.models import Model
-from flownet2.triton import CHANNEL, failure
+from flownet2.triton import CHANNEL, INFER, failure, infer_request
 
 RETRY_SECONDS = 1.0
 """Pause before the next request to a server that failed and named no time."""
+_NPY_HEADER_BYTES = 1024
+"""More than the header of a `.npy` file of three dimensions takes."""
 CONNECT_SECONDS = 10.0
 """Time limit for a connection; a call to several servers then tries another one."""
 
@@ -95,9 +97,9 @@ class Gateway:
 
     async def flow(self, first: Frame, second: Frame, both: bool, timeout: float) -> Result:
         deadline = asyncio.get_running_loop().time() + timeout
+        contents = await asyncio.to_thread(lambda: (first.file(), second.file()))
         files = {
-            name: (name, await asyncio.to_thread(frame.file))
-            for name, frame in zip(IMAGE_INPUTS, (first, second), strict=True)
+            name: (name, content) for name, content in zip(IMAGE_INPUTS, contents, strict=True)
         }
         response = await self._request(
             "POST",
@@ -110,14 +112,18 @@ class Gateway:
         width, height = first.size()
         return self._result(response, both, height, width)
 
-    def _result(self, content: bytes, both: bool, height: int, width: int) -> Result:
+    def _result(self, content: bytearray, both: bool, height: int, width: int) -> Result:
         flow_array: tuple[str, tuple[int, ...]] = ("float32", (height, width, 2))
         expected = {"flow": flow_array}
         if both:
             expected |= {"flow_backward": flow_array, "occluded": ("bool", (height, width))}
         try:
-            loaded: Any = np.load(io.BytesIO(content), allow_pickle=False)
-            arrays = {name: loaded[name] if both else loaded for name in expected}
+            loaded: Any = (
+                np.load(io.BytesIO(content), allow_pickle=False)
+                if both
+                else {"flow": _npy_array(content)}
+            )
+            arrays = {name: loaded[name] for name in expected}
             found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
         except Exception as error:  # NumPy raises about anything for damaged files
             raise self._unexpected(f"no NumPy file ({error})") from error
@@ -134,19 +140,22 @@ class Gateway:
 
     async def _request(
         self, method: str, path: str, timeout: float, accept: str = "*/*", **options: Any
-    ) -> bytes:
+    ) -> bytearray:
         """Return the body of a response with status 200."""
         httpx2 = self._httpx2
         if timeout <= 0:
             raise deadline_exceeded(self._url)
+        content = bytearray()
         try:
-            response = await self._client.request(
+            async with self._client.stream(
                 method,
                 path,
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
                 headers={"Accept": accept, "X-Request-Timeout": f"{timeout:.3f}"},
                 **options,
-            )
+            ) as response:
+                async for chunk in response.aiter_bytes():
+                    content += chunk
         except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
             raise deadline_exceeded(self._url) from error
         except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol) as error:
@@ -156,14 +165,13 @@ class Gateway:
         except httpx2.HTTPError as error:
             raise self._unexpected(str(error)) from error
         if response.status_code == HTTPStatus.OK:
-            content: bytes = response.content
             return content
-        raise self._error(response)
+        raise self._error(response, content)
 
-    def _error(self, response: Any) -> FlowError | Unavailable:
+    def _error(self, response: Any, content: bytearray) -> FlowError | Unavailable:
         error = self._unexpected(f"{response.status_code} {response.reason_phrase}")
         try:
-            problem = response.json()
+            problem = json.loads(content)
             name, detail, field = problem["type"], problem["detail"], problem.get("field")
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -222,10 +230,13 @@ class Triton:
             options=[*CHANNEL, ("grpc.lb_policy_name", "round_robin")],
         )
         self._stub = GRPCInferenceServiceStub(self._channel)
+        self._model_infer = self._channel.unary_unary(
+            INFER, response_deserializer=service_pb2.ModelInferResponse.FromString
+        )
 
     async def flow(self, first: Frame, second: Frame, both: bool, timeout: float) -> Result:
         deadline = asyncio.get_running_loop().time() + timeout
-        pixels1, pixels2 = [await asyncio.to_thread(frame.pixels) for frame in (first, second)]
+        pixels1, pixels2 = await asyncio.to_thread(lambda: (first.pixels(), second.pixels()))
         timeout = deadline - asyncio.get_running_loop().time()
         if not both:
             return Result(await self._infer(pixels1, pixels2, timeout))
@@ -236,17 +247,8 @@ class Triton:
         return Result(forward, backward, await asyncio.to_thread(occluded, forward, backward))
 
     async def _infer(self, first: Pixels, second: Pixels, timeout: float) -> Flow:
-        request = self._messages.ModelInferRequest(
-            model_name=self._model,
-            inputs=[
-                {"name": name, "datatype": IMAGE_TYPE, "shape": [1, *first.shape]}
-                for name in IMAGE_INPUTS
-            ],
-            raw_input_contents=[first.tobytes(), second.tobytes()],
-        )
-        # Bounds the time in Triton's queue.
-        request.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
-        response = await self._request(self._stub.ModelInfer(request, timeout=timeout))
+        request = infer_request(self._model, first[None], second[None], timeout)
+        response = await self._request(self._model_infer(request, timeout=timeout))
         return self._flow(response, *first.shape[:2])
 
     def _flow(self, response: Any, height: int, width: int) -> Flow:
@@ -304,6 +306,16 @@ class Triton:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def _npy_array(content: bytearray) -> npt.NDArray[Any]:
+    """Return the array of a `.npy` file, which shares the memory of `content`."""
+    npy: Any = np.lib.format
+    file = io.BytesIO(memoryview(content)[:_NPY_HEADER_BYTES])
+    npy.read_magic(file)
+    shape, fortran_order, dtype = npy.read_array_header_1_0(file)
+    array = np.frombuffer(content, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def _is_local(host: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from flownet2 import storage
+from flownet2 import png, storage
 from flownet2.errors import Error
 
 Pixels = npt.NDArray[np.uint8]
@@ -120,7 +120,8 @@ class Frame:
         """
         with self._lock, self._reading():
             if self._sent is None:
-                self._sent = self._unchanged() or self._png()
+                # Not compressed: the flow that comes back is larger than both images.
+                self._sent = self._unchanged() or png.encode(self.pixels(), compressed=False)
             return self._sent
 
     def _unchanged(self) -> bytes | None:
@@ -130,12 +131,6 @@ class Frame:
         with self._open() as image:
             deep = image.format == "PNG" and self._read()[_PNG_BIT_DEPTH] > 8
             return self._read() if image.format in _SENT_UNCHANGED and not deep else None
-
-    def _png(self) -> bytes:
-        file = io.BytesIO()
-        # Not compressed: the flow that comes back is larger than both images.
-        Image.fromarray(self.pixels()).save(file, "PNG", compress_level=0)
-        return file.getvalue()
 
     def size(self) -> tuple[int, int]:
         """Return width and height; image files are not decoded for it.

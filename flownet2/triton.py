@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flownet2.contract import GRID, IMAGE_INPUTS, SIZE_MULTIPLE
+from flownet2.contract import GRID, IMAGE_INPUTS, IMAGE_TYPE, SIZE_MULTIPLE
 
 _MESSAGE_LIMIT = 2**31 - 1
 CHANNEL = [
@@ -24,6 +24,10 @@ CHANNEL = [
     # Ignore `http_proxy`: Triton is on the local network.
     ("grpc.enable_http_proxy", 0),
 ]
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+_LENGTH_DELIMITED = 2
+"""Protobuf's wire type of bytes."""
 
 Failure = Literal[
     "deadline-exceeded",
@@ -48,6 +52,50 @@ def health_check(gpu: bool) -> dict[str, NDArray[np.uint8]]:
     """
     height, width = GRID if gpu else (SIZE_MULTIPLE, SIZE_MULTIPLE)
     return {name: np.zeros((1, height, width, 3), np.uint8) for name in IMAGE_INPUTS}
+
+
+def infer_request(
+    model: str,
+    images1: NDArray[np.uint8],
+    images2: NDArray[np.uint8],
+    timeout: float,
+    request_id: str = "",
+) -> bytes:
+    """Encode a `ModelInferRequest`, for the method `INFER` of a gRPC channel.
+
+    Protobuf's own encoding copies the images twice more, which takes 2 ms at 512x512.
+
+    Args:
+        model: name of the model.
+        images1: first images, uint8 [N, height, width, 3].
+        images2: second images, of the same shape.
+        timeout: limit of the time in Triton's queue, in seconds.
+        request_id: ID that Triton logs.
+    """
+    from tritonclient.grpc.service_pb2 import ModelInferRequest  # noqa: PLC0415  an extra
+
+    request = ModelInferRequest(
+        model_name=model,
+        id=request_id,
+        inputs=[
+            {"name": name, "datatype": IMAGE_TYPE, "shape": images1.shape} for name in IMAGE_INPUTS
+        ],
+    )
+    request.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
+    parts: list[bytes | memoryview] = [request.SerializeToString()]
+    tag = _varint(ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED)
+    for images in (images1, images2):
+        parts += [tag, _varint(images.nbytes), np.ascontiguousarray(images).data]
+    return b"".join(parts)
+
+
+def _varint(number: int) -> bytes:
+    content = bytearray()
+    while number > 0x7F:
+        content.append(number & 0x7F | 0x80)
+        number >>= 7
+    content.append(number)
+    return bytes(content)
 
 
 def failure(code: str, message: str) -> Failure:

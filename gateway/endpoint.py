@@ -18,7 +18,15 @@ from flownet2 import contract
 from flownet2.errors import Error
 from flownet2.formats import Flow
 from flownet2.models import Model
-from flownet2.triton import CHANNEL, EngineReport, engine_reports, failure, health_check
+from flownet2.triton import (
+    CHANNEL,
+    INFER,
+    EngineReport,
+    engine_reports,
+    failure,
+    health_check,
+    infer_request,
+)
 from gateway.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -149,6 +157,9 @@ class Endpoint:
         # The stub itself: tritonclient's class around it takes twice the CPU time.
         self.channel = aio.insecure_channel(self.address, options=CHANNEL)
         self._stub = GRPCInferenceServiceStub(self.channel)
+        self._model_infer = self.channel.unary_unary(
+            INFER, response_deserializer=messages.ModelInferResponse.FromString
+        )
 
     async def watch(self) -> None:
         """Keep the state up to date until cancelled."""
@@ -285,20 +296,10 @@ class Endpoint:
         # In the message, not in shared memory: that would save 1 to 2 of 26 to 59 ms of CPU time,
         # but the region of a cancelled request may be written to after its next use.
         count, height, width, _ = image1.shape
-        request = messages.ModelInferRequest(
-            model_name=model,
-            id=request_id,
-            inputs=[
-                {"name": name, "datatype": contract.IMAGE_TYPE, "shape": image1.shape}
-                for name in contract.IMAGE_INPUTS
-            ],
-            raw_input_contents=[image1.tobytes(), image2.tobytes()],
-        )
-        # Limit of the time in Triton's queue, in microseconds.
-        request.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
+        request = infer_request(model, image1, image2, timeout, request_id)
         self._in_flight += 1
         try:
-            response = await self._stub.ModelInfer(
+            response = await self._model_infer(
                 request, timeout=timeout, metadata=tuple(headers.items())
             )
         except aio.AioRpcError as error:
