@@ -1,7 +1,6 @@
-"""The web layer that most people would write: Flask, one thread, ``json`` and ``tolist()``.
+"""`python -m benchmarks.plain_web TRITON PORT`: a plain web layer, to compare the gateway with.
 
-It answers the same request as the gateway does, with the same Triton behind it, and is there to be
-compared with. `python -m benchmarks.plain_web TRITON PORT`
+Flask, one thread, ``json`` and ``tolist()``: it answers the gateway's usual request.
 """
 
 import base64
@@ -19,7 +18,7 @@ SIZE = 512
 
 
 def create_app(client: grpc.InferenceServerClient) -> Flask:
-    """The service, in front of a Triton."""
+    """Return the service in front of a Triton."""
     app = Flask(__name__)
 
     @app.post("/estimate_flow/")

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.web [FRAME FRAME]`: the gateway alone, before a model that takes no time.
+"""`python -m benchmarks.web [FRAME FRAME]`: the gateway alone, in front of an instant model.
 
-Beside it, for its ratio, the web layer that most people would write (`benchmarks.plain_web`).
+For comparison, a plain web layer (`benchmarks.plain_web`) in front of the same model.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from launch.ports import free_ports
 from launch.triton import Address
 
 SIZE = (1024, 436)  # width and height of MPI-Sintel's frames
-CLIENTS = (1, 8)
+CLIENTS = (1, 2, 8)
 PROCESSES = (1, 2)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request for flow, and what the table calls it."""
+    """A request for flow, and its name in the table."""
 
     name: str
     path: str
@@ -54,17 +54,17 @@ class Service:
     process: psutil.Process
 
     def cpu(self) -> float:
-        """Processor time that its processes have taken, seconds."""
+        """Return the CPU time of its processes so far, in seconds."""
         family = (self.process, *self.process.children(recursive=True))
-        return sum(sum(one.cpu_times()[:2]) for one in family)
+        return sum(sum(process.cpu_times()[:2]) for process in family)
 
 
 def compare(seconds: float, frames: Sequence[bytes] | None = None) -> str:
-    """Load the gateway and the plain web layer; a Markdown table.
+    """Measure the gateway and the plain web layer, and return a Markdown table.
 
     Args:
-        seconds: length of one measurement.
-        frames: two PNG files; left out, a sample pair enlarged to Sintel's size.
+        seconds: length of each measurement.
+        frames: two PNG files; by default a sample pair enlarged to the size of MPI-Sintel.
     """
     pngs = frames or sample_frames()
     every = requests(pngs)
@@ -87,21 +87,21 @@ def compare(seconds: float, frames: Sequence[bytes] | None = None) -> str:
 
 
 def measure(service: Service, request: Request, seconds: float) -> Iterator[str]:
-    """Processor time of a request in milliseconds, and pairs a second for each of `CLIENTS`."""
-    load(service.port, request, 1, seconds / 4)  # code and caches get warm
+    """Return CPU milliseconds per request, and pairs per second for each of `CLIENTS`."""
+    load(service.port, request, 1, seconds / 4)  # warm-up
     rates = []
     before, answered = service.cpu(), 0
     for clients in CLIENTS:
-        began = time.perf_counter()
+        start = time.perf_counter()
         count = load(service.port, request, clients, seconds)
-        rates.append(count / (time.perf_counter() - began))
+        rates.append(count / (time.perf_counter() - start))
         answered += count
     yield milliseconds((service.cpu() - before) / answered)
     yield from (f"{rate:.1f}" for rate in rates)
 
 
 def sample_frames() -> list[bytes]:
-    """The first sample pair at Sintel's size, as PNG files."""
+    """Return the first sample pair at the size of MPI-Sintel, as PNG files."""
     files = (sample_folders()[0] / f"frame{index}.png" for index in (0, 1))
     return [
         encode(Image.open(file).resize(SIZE, Image.Resampling.BICUBIC), "PNG") for file in files
@@ -109,14 +109,14 @@ def sample_frames() -> list[bytes]:
 
 
 def encode(image: Image.Image, format: str) -> bytes:
-    """An image as a file."""
+    """Return an image as a file."""
     file = io.BytesIO()
     image.convert("RGB").save(file, format, quality=95)
     return file.getvalue()
 
 
 def requests(pngs: Sequence[bytes]) -> list[Request]:
-    """The usual one first; then other inputs and other outputs."""
+    """Return the requests: the usual one, then other inputs and other outputs."""
     jpegs = [encode(Image.open(io.BytesIO(png)), "JPEG") for png in pngs]
     native = "/estimate_flow/?size=native"
     as_json, as_npy, as_png = (
@@ -134,13 +134,13 @@ def requests(pngs: Sequence[bytes]) -> list[Request]:
 
 
 def json_of(files: Sequence[bytes]) -> bytes:
-    """The JSON body with two images."""
+    """Return the JSON body with two images."""
     fields = {f"image{i}_base64": base64.b64encode(x).decode() for i, x in enumerate(files, 1)}
     return json.dumps(fields).encode()
 
 
 def form_of(files: Sequence[bytes]) -> tuple[str, bytes]:
-    """A multipart form with two images, and its boundary."""
+    """Return the boundary and the content of a multipart form with two images."""
     boundary = uuid.uuid4().hex
     parts = []
     for name, file in zip(IMAGE_INPUTS, files, strict=True):
@@ -150,10 +150,9 @@ def form_of(files: Sequence[bytes]) -> tuple[str, bytes]:
 
 
 def load(port: int, request: Request, clients: int, seconds: float) -> int:
-    """Post a request again and again from several clients, each waiting for its response.
+    """Post a request repeatedly from several clients, and return the number of responses.
 
-    Returns:
-        How many responses there were.
+    Each client waits for the response before it posts again.
     """
     end = time.perf_counter() + seconds
 
@@ -171,12 +170,12 @@ def load(port: int, request: Request, clients: int, seconds: float) -> int:
         return count
 
     with ThreadPoolExecutor(clients) as threads:
-        return sum(one.result() for one in [threads.submit(client) for _ in range(clients)])
+        return sum(result.result() for result in [threads.submit(client) for _ in range(clients)])
 
 
 @contextlib.contextmanager
 def instant_triton() -> Iterator[Address]:
-    """A Triton whose model takes no time."""
+    """Run a stand-in for Triton whose model takes no time."""
     (port,) = free_ports(1)
     with running("instant model", ["benchmarks.instant", str(port)], port):
         yield Address("127.0.0.1", port, port, port)
@@ -184,7 +183,7 @@ def instant_triton() -> Iterator[Address]:
 
 @contextlib.contextmanager
 def gateway_of(triton: Address, processes: int) -> Iterator[Service]:
-    """The gateway."""
+    """Run the gateway."""
     (port,) = free_ports(1)
     settings = {"GATEWAY_PROCESSES": str(processes), "GATEWAY_LOG_LEVEL": "WARNING"}
     with gateway.serve(triton, port, settings=settings) as child:
@@ -195,7 +194,7 @@ def gateway_of(triton: Address, processes: int) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def plain_web_layer(triton: Address) -> Iterator[Service]:
-    """The plain web layer."""
+    """Run the plain web layer."""
     (port,) = free_ports(1)
     command = ["benchmarks.plain_web", triton.grpc, str(port)]
     with running("plain web layer", command, port) as child:
@@ -204,7 +203,7 @@ def plain_web_layer(triton: Address) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def running(name: str, module: list[str], port: int) -> Iterator[Child]:
-    """A module of this project as a child process that listens on a port."""
+    """Run a module of this project as a child process that listens on a port."""
     child = Child(name, [sys.executable, "-m", *module], os.environ, lambda line: None)
     try:
         child.wait_until(lambda: listens(port), 60, threading.Event())
@@ -214,7 +213,7 @@ def running(name: str, module: list[str], port: int) -> Iterator[Child]:
 
 
 def listens(port: int) -> bool:
-    """True when a local server accepts connections."""
+    """Return True if a local server accepts connections."""
     with (
         contextlib.suppress(OSError),
         contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as line,

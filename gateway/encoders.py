@@ -11,6 +11,8 @@ import zstandard
 from isal import isal_zlib
 from PIL import Image
 
+from flownet2 import png
+from flownet2.colours import colours
 from flownet2.formats import (
     Flow,
     FormatError,
@@ -19,7 +21,6 @@ from flownet2.formats import (
     to_kitti,
     to_npy,
     to_npz,
-    to_picture,
 )
 from gateway.errors import NotAcceptable
 
@@ -83,6 +84,11 @@ def _kitti(estimate: Estimate) -> bytes:
         raise NotAcceptable(f"{str(error)[0].upper()}{str(error)[1:]}.", field="Accept") from error
 
 
+def to_picture(estimate: Estimate) -> bytes:
+    """Encode as a picture. ISA-L compresses it ten times as fast as zlib, and no worse."""
+    return png.encode(colours(estimate.flow), deflate=isal_zlib.compress)
+
+
 # In order of preference among formats that a client accepts equally. `image/*` is a browser's or a
 # viewer's: the picture comes before KITTI's PNG, which looks like noise.
 FORMATS = {
@@ -110,7 +116,7 @@ FORMATS = {
         Format(
             "image/png",
             "picture in Middlebury's colours",
-            lambda estimate: to_picture(estimate.flow),
+            to_picture,
         ),
         Format("image/x-kitti-flow", "KITTI 16-bit PNG", _kitti),
     )
