@@ -111,9 +111,14 @@ def reason(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         return str(error)
     try:
-        return str(json.loads(body)["error"])
+        return without_stack(str(json.loads(body)["error"]))
     except (ValueError, LookupError, TypeError):  # from a proxy, or cut off
         return body[:200] or str(error)
+
+
+def without_stack(message: str) -> str:
+    """Return Triton's message without the Python stack that the Python backend adds."""
+    return message.partition("\n\nAt:")[0]
 
 
 def answers_ok(host: str, port: int, path: str) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flownet2.contract import MODEL_NAME
 from flownet2.triton import engine_reports
-from launch.check import TIMEOUT_SECONDS, answers_ok, open_directly, reason, url
+from launch.check import TIMEOUT_SECONDS, answers_ok, open_directly, reason, url, without_stack
 from launch.child import Child, Echo
 from launch.errors import LaunchError
 from launch.ports import bracketed, free_ports, host_from_environment, port_from_environment
@@ -141,7 +141,7 @@ def report(address: Address, key: str, say: Echo) -> None:
     """
     states = json.loads(_post(address, "index", key) or b"[]")
     failed = {
-        state["name"]: " ".join(str(state.get("reason", "")).split())
+        state["name"]: " ".join(without_stack(str(state.get("reason", ""))).split())
         for state in states
         if state.get("state") != "READY" and state.get("reason") != "unloaded"
     }

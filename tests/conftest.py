@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import bypass_proxies
+from export.shipped import write_shipped
 from launch import triton, wheel
 from tests.support.exported import EXPORTS, Exported, export
 from tests.support.gateway_stack import Gateway, run_gateway, wait_until, write_repository
@@ -39,9 +40,17 @@ def gateway(
 
 
 @pytest.fixture(scope="session")
-def stack() -> Iterator[Stack]:
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the shipped model alone."""
+    repository = tmp_path_factory.mktemp("shipped")
+    write_shipped(repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def stack(shipped: Path) -> Iterator[Stack]:
     """The service as `make serve` runs it."""
-    with run_stack() as running:
+    with run_stack(shipped) as running:
         yield running
 
 

@@ -13,7 +13,6 @@ import av
 import pytest
 from PIL import Image
 
-from benchmarks import perf_analyzer
 from gateway import settings
 from tests.support.stack import ROOT, Stack
 
@@ -37,9 +36,8 @@ def test_examples(page: Path, stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     write_film(tmp_path / "film.mp4")
     for example in EXAMPLE.finditer(page.read_text()):
-        if example["reason"] or ("perf_analyzer" in example["text"] and not has_perf_analyzer()):
-            continue
-        run(example["kind"], textwrap.dedent(example["text"]), stack, tmp_path)
+        if not example["reason"]:
+            run(example["kind"], textwrap.dedent(example["text"]), stack, tmp_path)
 
 
 def run(kind: str, text: str, stack: Stack, folder: Path) -> None:
@@ -66,15 +64,6 @@ def run(kind: str, text: str, stack: Stack, folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-
-
-def has_perf_analyzer() -> bool:
-    """False without a network, or on a machine that there is no perf_analyzer for."""
-    try:
-        perf_analyzer.PerfAnalyzer()
-    except perf_analyzer.Unavailable:
-        return False
-    return True
 
 
 def write_film(path: Path) -> None:

@@ -4,6 +4,7 @@ The rest is real: tritonserver, the model, its check against the golden pair, an
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.shipped import write_shipped
 from flownet2 import Client, read_flow
 from launch import gpu
+from launch.errors import LaunchError
 from tests.deploy.test_start import Start, write_tritonserver
 from tests.support.gateway_stack import wait_until
 from tests.support.launcher import Launcher
@@ -35,13 +36,6 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_shipped(folder)
-    return folder
-
-
 def export_tensorrt(
     models: Path, libraries: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -60,7 +54,10 @@ def export_tensorrt(
     )
 
 
-def test_plan_is_used_only_if_it_reproduces_the_golden_pair(models: Path, libraries: str) -> None:
+def test_plan_is_used_only_if_it_reproduces_the_golden_pair(
+    shipped: Path, libraries: str, tmp_path: Path
+) -> None:
+    models = shutil.copytree(shipped, tmp_path / "models")
     link = models / "flownet2" / "1" / "model.plan"
     for _ in range(2):  # built, and found
         wrong = export_tensorrt(models, libraries, FAKE_TENSORRT_ERROR="0.3")
@@ -74,11 +71,11 @@ def test_plan_is_used_only_if_it_reproduces_the_golden_pair(models: Path, librar
 
 
 def test_wrong_plan_makes_the_container_serve_with_the_python_backend(
-    models: Path, libraries: str, tmp_path: Path
+    shipped: Path, libraries: str, tmp_path: Path
 ) -> None:
     start = Start(
         tmp_path,
-        models,
+        shipped,
         PATH=write_tritonserver(tmp_path),
         LD_LIBRARY_PATH=libraries,
         PYTHONPATH=str(SUPPORT / "standins"),
@@ -112,9 +109,9 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("packages")
-def test_service_on_a_gpu(models: Path, libraries: str) -> None:
+def test_service_on_a_gpu(shipped: Path, libraries: str) -> None:
     launcher = Launcher(
-        models,
+        shipped,
         LD_LIBRARY_PATH=libraries,
         FLOWNET2_ONNXRUNTIME_PROVIDER="CPUExecutionProvider",
     )
@@ -133,23 +130,36 @@ def test_service_on_a_gpu(models: Path, libraries: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"DEVICE": "cpu"}, None),
+        ({}, ""),
+        ({"DEVICE": "cpu"}, ""),
         ({"FAKE_CAPABILITY": "70"}, "warning: the CPU serves: NVIDIA Fake has compute capability"),
         ({"FAKE_DRIVER": "12090"}, "warning: the CPU serves: the driver of NVIDIA Fake supports"),
         ({"FAKE_STATUS": "100"}, "warning: the CPU serves: no GPU"),
-        ({"FLOWNET2_GPU_PACKAGES": "/nowhere"}, "is not used: `make serve` installs"),
     ],
+    ids=["fits", "DEVICE", "old GPU", "old driver", "no GPU"],
 )
-@pytest.mark.usefixtures("packages")
-def test_the_cpu_serves_if_the_gpu_cannot(
-    closed_form_repository: Path, libraries: str, environment: dict[str, str], said: str | None
+def test_a_gpu_is_used_only_if_it_fits(
+    libraries: str, environment: dict[str, str], said: str
 ) -> None:
-    launcher = Launcher(closed_form_repository, LD_LIBRARY_PATH=libraries, **environment)
-    try:
-        assert said is None or launcher.said(said)
-        assert said or not launcher.said("GPU")
-    finally:
-        assert launcher.stop(signal.SIGTERM) == 0
+    code = "from launch.gpu import usable_gpu as find; gpu = find(print); print(gpu and gpu.name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "LD_LIBRARY_PATH": libraries, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *warnings, used = done.stdout.splitlines()
+    assert used == ("None" if environment else "NVIDIA Fake")
+    assert len(warnings) == bool(said)
+    assert done.stdout.startswith(said)
+
+
+def test_unknown_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVICE", "tpu")
+    with pytest.raises(LaunchError, match="DEVICE=tpu is not known: set it to cpu"):
+        gpu.usable_gpu(pytest.fail)
 
 
 def test_installation_is_done_once_and_its_failure_is_a_warning(

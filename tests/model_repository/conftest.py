@@ -5,16 +5,6 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from export.shipped import write_shipped
-
-
-@pytest.fixture(scope="package")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the network that ships: C, a warp, S, each part of the big networks."""
-    repository = tmp_path_factory.mktemp("repository")
-    write_shipped(repository)
-    return repository
-
 
 @pytest.fixture(scope="package")
 def onnx_file(shipped: Path) -> Path:

@@ -23,9 +23,10 @@ from tests.support.plugins_build import library
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     repository = tmp_path_factory.mktemp("repository")
     for name in ("with", "without"):
-        write_model(repository, name, delay_s=0.3)
+        write_model(repository, name)
         config = repository / name / "config.pbtxt"
-        delay = "dynamic_batching { max_queue_delay_microseconds: 1000"  # as the configurations'
+        # Longer than eight requests take to arrive, so that one batch could hold them all.
+        delay = "dynamic_batching { max_queue_delay_microseconds: 500000"
         config.write_text(config.read_text().replace("dynamic_batching {", delay))
     strategy = repository / "with" / "1" / "batchstrategy.so"
     strategy.symlink_to(library("libflownet2_batching.so"))
@@ -34,12 +35,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def executions(address: str, model: str, height: int, width: int) -> int:
-    """In how many batches eight simultaneous requests of one size were computed, one going ahead.
+    """Return in how many batches eight simultaneous requests of one size are computed."""
 
-    The first keeps the model busy while the others queue up.
-    """
-
-    async def ask() -> int:
+    async def infer() -> int:
         async with client.InferenceServerClient(address) as server:
             images = np.zeros((1, height, width, 3), np.uint8)
             inputs = [
@@ -48,25 +46,20 @@ def executions(address: str, model: str, height: int, width: int) -> int:
             for tensor in inputs:
                 tensor.set_data_from_numpy(images)
 
-            async def count() -> int:
-                """Once it stands: Triton counts after it answers."""
-                counts = [-1]
-                while True:
-                    statistics = await server.get_inference_statistics(model)
-                    counts.append(int(statistics.model_stats[0].execution_count))
-                    if counts[-1] == counts[-2]:
-                        return counts[-1]
-                    await asyncio.sleep(0.3)
+            async def counts() -> tuple[int, int]:
+                statistics = await server.get_inference_statistics(model)
+                (found,) = statistics.model_stats
+                return found.inference_count, found.execution_count
 
-            before = await count()
-            first = asyncio.create_task(server.infer(model, inputs))
-            await asyncio.sleep(0.1)
-            responses = await asyncio.gather(*(server.infer(model, inputs) for _ in range(7)))
-            for response in (*responses, await first):
+            inferences, batches = await counts()
+            responses = await asyncio.gather(*(server.infer(model, inputs) for _ in range(8)))
+            for response in responses:
                 assert response.as_numpy("flow").shape == (1, height, width, 2)
-            return await count() - before
+            while (after := await counts())[0] < inferences + 8:  # Triton counts after it answers
+                await asyncio.sleep(0.02)
+            return after[1] - batches
 
-    return asyncio.run(ask())
+    return asyncio.run(infer())
 
 
 def test_small_images_share_batches(address: str) -> None:

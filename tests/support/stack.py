@@ -13,7 +13,6 @@ from pathlib import Path
 
 import httpx2
 
-from export.shipped import write_shipped
 from launch.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -34,17 +33,16 @@ class Stack:
 
 
 @contextlib.contextmanager
-def run_stack() -> Iterator[Stack]:
-    """Start the service on free ports; Ctrl-C it at the end."""
+def run_stack(repository: Path) -> Iterator[Stack]:
+    """Start the service over a repository on free ports; Ctrl-C it at the end."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-    with tempfile.TemporaryDirectory() as repository, tempfile.TemporaryFile("w+") as log:
-        write_shipped(Path(repository))
+    with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "launch"],
             cwd=ROOT,
             env={
                 **os.environ,
-                "MODEL_REPOSITORY": repository,
+                "MODEL_REPOSITORY": str(repository),
                 **{name: str(port) for name, port in ports.items()},
             },
             stdout=log,
