@@ -1,4 +1,4 @@
-# Two commands: `make serve` and `make test`. Everything they need goes into .venv.
+# `make serve` and `make test` install all that they need into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,14 +32,14 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev ## the benchmarks, as tables
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## 64 clients for a minute, while servers die and memory fills up
+soak: $(VENV)/.dev $(REPOSITORY)/flownet2/1/model.onnx ## chaos test: 64 clients while processes are killed and /dev/shm fills up
 	unshare --mount --map-root-user sh -c \
 	  'mount -t tmpfs -o size=512m tmpfs /dev/shm; exec $(BIN)/python -m benchmarks.soak'
 
-parity: $(VENV)/.dev ## ONNX Runtime against PyTorch, every network at every size
+parity: $(VENV)/.dev ## compare ONNX Runtime with PyTorch, every network at every size
 	$(BIN)/python -m pytest -q -s -m long
 
-images-test: $(VENV)/.dev ## both Dockerfiles, built with buildah on stand-in bases and run (as root)
+images-test: $(VENV)/.dev ## build both Dockerfiles with buildah on stand-in bases, and run them (as root)
 	$(BIN)/python -m pytest -q -s -m images tests/deploy
 
 up: ## the same service from docker-compose.yml: on the GPU where there is one
@@ -54,16 +54,16 @@ weights: | $(BIN)/python ## download official weights (research only) and export
 	$(PIP_INSTALL) -e '.[serve,export]'
 	$(BIN)/python -m export --network $(NETWORK) --weights official --repository $(REPOSITORY)
 
-model: $(VENV)/.serve ## put back the Triton model of the weights that ship
+model: $(VENV)/.serve ## restore the model of the weights that ship
 	$(BIN)/python -m export.shipped --repository $(REPOSITORY)
 
-# A model of other weights, exported to its place, stays there.
+# A model of other weights that was exported to this place is kept.
 $(REPOSITORY)/flownet2/1/model.onnx: $(wildcard weights/flownet2.*) export/shipped.py export/repository.py export/half.py flownet2/contract.py | $(VENV)/.serve
 	@$(BIN)/python -m export.shipped --repository $(REPOSITORY) --keep-other
 
-# An environment is made anew when what it installs has changed.
+# The environment is updated when its requirements have changed.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing what the service needs into $(VENV): a minute or two, at the first start alone"
+	@echo "Installing what the service needs into $(VENV): a minute or two, only at the first start"
 	@$(PIP_INSTALL) -e '.[serve]'
 	@$(PIP_INSTALL) --no-deps nvidia-pytriton
 	@touch $@
@@ -81,14 +81,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 
-openapi: $(VENV)/.dev ## write openapi.json anew
+openapi: $(VENV)/.dev ## write openapi.json
 	$(BIN)/python -m gateway.openapi > openapi.json
 
-lock: $(VENV)/.dev ## pin what is installed
+lock: $(VENV)/.dev ## pin the installed versions
 	{ echo "# Versions that were tested together; made by \`make lock\`."; \
 	  $(BIN)/python -m pip freeze --exclude-editable \
 	  | sed -E 's/\+cpu$$//; s/^numpy==(.*)$$/numpy==\1; python_version < "3.13"\nnumpy==2.5.5; python_version >= "3.13"/'; \
 	} > constraints.txt
 
-clean: ## remove the environment and what was built; models, training runs and downloads stay
+clean: ## remove the environment and all builds; models, training runs and downloads are kept
 	rm -rf $(VENV) build

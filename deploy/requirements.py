@@ -1,8 +1,8 @@
-"""`python requirements.py [EXTRA…]`: what extras in the pyproject.toml beside it require, or what
-the client alone does.
+"""`python requirements.py [EXTRA…]`: print the requirements of extras of the pyproject.toml beside it.
 
-The Dockerfiles install a layer of packages from it before they copy the code, so that a change of
-code leaves that layer as it is. Standard library alone: it runs before anything is installed.
+Without an extra, print those of the client alone. The Dockerfiles install a layer of packages from
+this list before they copy the code, so that a change of the code keeps that layer. It uses only the
+standard library, since it runs before anything is installed.
 """
 
 import sys
@@ -11,8 +11,11 @@ from pathlib import Path
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """Those of `extras`, without the client's own, or the client's; KeyError for an extra that does
-    not exist."""
+    """Return the requirements of `extras` without the client's own, or the client's if empty.
+
+    Raises:
+        KeyError: an extra does not exist.
+    """
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     if not extras:
         return list(project["dependencies"])
