@@ -1,4 +1,4 @@
-"""`python requirements.py [EXTRA…]`: print the requirements of extras of the pyproject.toml beside it.
+"""`python requirements.py [EXTRA…]`: print the requirements of extras in pyproject.toml.
 
 Without an extra, print those of the client alone. The Dockerfiles install a layer of packages from
 this list before they copy the code, so that a change of the code keeps that layer. It uses only the

@@ -4,6 +4,7 @@ The packages go to a folder of their own, which only the model's process sees: t
 ONNX Runtime that must not meet the one for the CPU in an environment.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,7 +12,6 @@ import sys
 from pathlib import Path
 
 from export.engine.gpu import EngineError, Gpu, NoDriver, find_gpu
-from flownet2.errors import Error
 from launch.child import Echo
 from launch.errors import LaunchError
 
@@ -74,17 +74,18 @@ def install() -> None:
 
 def main() -> int:
     """Install the packages if a GPU can be used; if that fails, the CPU serves."""
-    try:
-        gpu = usable_gpu(print)
+    with contextlib.suppress(LaunchError):  # the launcher reports these
+        gpu = usable_gpu(lambda line: None)
         if gpu and not installed_packages():
             print(
                 f"{gpu.name}: installing ONNX Runtime with CUDA and cuDNN into {PACKAGES} ({SIZE}; "
                 "DEVICE=cpu does without)",
                 flush=True,
             )
-            install()
-    except (Error, OSError) as error:
-        print(f"warning: the CPU serves: {error}", file=sys.stderr)
+            try:
+                install()
+            except (LaunchError, OSError) as error:
+                print(f"warning: the CPU serves: {error}", file=sys.stderr)
     return 0
 
 
