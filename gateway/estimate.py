@@ -121,11 +121,11 @@ class Job:
         limit = self.model.max_pixels
         width, height = image.size if self.native else images.GRID
         if limit is not None and images.padded_area(width, height) > limit:
-            advice = "Send a smaller image" if self.native else "Send a smaller one, size=native"
+            advice = "" if self.native else " with size=native"
             raise ImageTooLarge(
                 f"The model {self.model.name} computes at most {limit} pixels, each side rounded "
-                f"up to a multiple of {contract.SIZE_MULTIPLE}; {field} at {width}x{height} has "
-                f"more. {advice}, or choose another model.",
+                f"up to a multiple of {contract.SIZE_MULTIPLE}; {field} has more at "
+                f"{width}x{height}. Send smaller images{advice}, or choose another model.",
                 field=field,
             )
 

@@ -115,7 +115,7 @@ async def readyz(state: SharedState) -> Status:
 
 
 @probes.head("/healthz", include_in_schema=False)
-@probes.get("/healthz", response_model_exclude_none=True)
+@probes.get("/healthz", response_model_exclude_unset=True)
 async def healthz(state: SharedState, detailed: Annotated[bool, Depends(has_key)]) -> Health:
     """Report versions and states of the gateway, of every Triton, and of the default model.
 

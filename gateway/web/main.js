@@ -195,7 +195,7 @@ for (const control of all(".options input, .options select")) {
 
 // Images
 
-/** Set the image of one side, and forget the sample or the ground truth of another pair. */
+/** Set the image of one side, and drop the sample and the ground truth of another pair. */
 function setImage(side, file) {
   if (isSample) pair = [null, null];
   isSample = false;

@@ -1,4 +1,4 @@
-"""Budgets: nothing is lost, whatever is cancelled, and nobody overtakes."""
+"""Budgets: cancellation loses nothing, and reservations are served in order."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from gateway.admission import Budget, Reservation
 from gateway.errors import Overloaded
 
 
-def test_what_is_there_is_reserved_and_given_back() -> None:
+def test_reservations_are_released() -> None:
     budget = Budget(100)
     with Reservation(budget) as first, Reservation(budget) as second:
         first.grow(60)
@@ -41,7 +41,7 @@ def test_large_reservations_wait_for_all_and_are_not_overtaken() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_is_cancelled_loses_nothing(seed: int) -> None:
+def test_cancelled_reservations_are_released(seed: int) -> None:
     async def scenario() -> None:
         budget = Budget(4)
         busy = 0

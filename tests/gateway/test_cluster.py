@@ -1,4 +1,4 @@
-"""The client of Triton, against real Tritons: contract, meanings of errors, loss and recovery."""
+"""The client of Triton, against real Tritons: contract, meaning of errors, failure, recovery."""
 
 import asyncio
 import os
@@ -74,7 +74,7 @@ def test_meanings(status: str, message: str, meaning: type[Exception]) -> None:
 
 
 def infer(address: str, model: str, timeout: float, count: int = 1) -> list[object]:
-    """What `count` simultaneous inferences end in."""
+    """Results or exceptions of `count` simultaneous inferences."""
 
     async def run() -> list[object]:
         endpoint = Endpoint(address, "flownet2", 8002)
@@ -90,7 +90,7 @@ def infer(address: str, model: str, timeout: float, count: int = 1) -> list[obje
     return asyncio.run(run())
 
 
-def test_meanings_as_triton_says_them(closed_form_triton: triton.Triton) -> None:
+def test_meanings_of_a_real_triton(closed_form_triton: triton.Triton) -> None:
     address = closed_form_triton.address.grpc
     assert isinstance(infer(address, "flownet2", 30)[0], np.ndarray)
     assert type(infer(address, "nosuch", 30)[0]) is EndpointLost
@@ -111,7 +111,7 @@ def test_meanings_as_triton_says_them(closed_form_triton: triton.Triton) -> None
         [{"name": "flow", "datatype": "FP64", "shape": [1, 4, 5, 2]}],
     ],
 )
-def test_no_flow_is_a_failure(outputs: list[dict[str, object]]) -> None:
+def test_a_response_without_flow_is_a_failure(outputs: list[dict[str, object]]) -> None:
     with pytest.raises(ModelFailed):
         check_flow(ModelInferResponse(outputs=outputs), 1, 4, 5)
 
@@ -174,8 +174,8 @@ def test_a_model_whose_description_fails_does_not_stop_the_others(
 def test_a_model_that_dies_does_not_stop_the_others(
     partly_broken: tuple[PartlyBroken, str],
 ) -> None:
-    """A request that finds its model dead leaves the others of the same Triton in service. Once
-    the dead one is unloaded, it is unknown."""
+    """A model that fails during a request does not stop the others of the same Triton. After it is
+    unloaded, it is unknown."""
     servicer, address = partly_broken
 
     async def infer(cluster: Cluster, model: str) -> None:
@@ -203,7 +203,7 @@ def test_a_model_that_dies_does_not_stop_the_others(
     asyncio.run(run())
 
 
-def test_names_that_do_not_resolve_are_no_crash() -> None:
+def test_names_that_do_not_resolve_are_skipped() -> None:
     async def run() -> None:
         cluster = Cluster(["nowhere.invalid:8001", "127.0.0.1:1"], "flownet2")
         await cluster.start()
@@ -218,7 +218,7 @@ def test_names_that_do_not_resolve_are_no_crash() -> None:
 @pytest.mark.parametrize(
     "host", ["triton", ":8001", "triton:", "triton:0", "triton:65536", "a..b:1", f"{'a' * 64}:1"]
 )
-def test_endpoints_that_can_be_none_are_refused_at_start(host: str) -> None:
+def test_invalid_endpoints_are_rejected_at_the_start(host: str) -> None:
     with pytest.raises(ValueError, match=f"TRITON_ENDPOINTS: '{host}' is not host:port"):
         Cluster(["127.0.0.1:8001", host], "flownet2")
 
@@ -248,8 +248,8 @@ def test_a_name_stands_for_its_addresses(closed_form_triton: triton.Triton) -> N
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The default model, a little slow, so that requests are in flight when something happens."""
-    write_model(tmp_path / "repository", delay_s=1)
+    """The default model, slow enough that requests are in flight when a Triton is killed."""
+    write_model(tmp_path / "repository", delay_s=1, journal=tmp_path / "journal")
     return tmp_path / "repository"
 
 
@@ -276,7 +276,7 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
             for thread in clients:
                 thread.start()
             wait_until(lambda: "flownet2_slots_used 4.0" in httpx2.get(metrics).text)
-            time.sleep(0.5)  # from their slots to Triton, which takes a second for each
+            wait_until(lambda: (tmp_path / "journal").read_text().count("started") >= 4)
             os.kill(victim.child.pid, signal.SIGKILL)
             wait_until(lambda: f"{serving} 1.0" in httpx2.get(metrics).text)
             after = len(responses)
@@ -286,7 +286,7 @@ def test_a_killed_triton_costs_one_retry(repository: Path, tmp_path: Path) -> No
                 thread.join()
             assert "endpoint lost during a request" in (tmp_path / "log").read_text()
 
-            with wheel.serve(repository, address=goes):  # one that comes back is used again
+            with wheel.serve(repository, address=goes):  # a Triton that returns is used again
                 wait_until(lambda: f"{serving} 2.0" in httpx2.get(metrics).text)
     assert {response.status_code for response in responses} == {200}
     expected = expected_flow(first, second)
@@ -304,8 +304,8 @@ def stub_of(server: triton.Triton) -> psutil.Process:
 
 
 def test_a_model_that_is_dead_behind_a_ready_triton(tmp_path: Path) -> None:
-    """Triton calls a model ready whose Python process was killed. It gets no requests, also when
-    there were none to fail, and the gateway is ready no more when it is the last one."""
+    """Triton calls a model ready although its Python process was killed. Such a model gets no
+    requests, even if none has failed, and without another one the gateway is not ready."""
     write_model(tmp_path / "repository")
     body = as_json(encoded(picture(1)), encoded(picture(2)))
     with (
@@ -323,7 +323,7 @@ def test_a_model_that_is_dead_behind_a_ready_triton(tmp_path: Path) -> None:
         assert statuses == {200}
         wait_until(lambda: serving(1))
         stub_of(second).kill()
-        wait_until(lambda: serving(0))  # by the canary alone
+        wait_until(lambda: serving(0))  # by the health check alone
         end = time.monotonic() + 3
         while time.monotonic() < end:
             assert gateway.get("/readyz") == 503

@@ -40,7 +40,7 @@ def test_base64_dialects(
 
 
 def decode(text: str) -> bytes:
-    """The first image of a JSON body with a good second one."""
+    """The first image of a JSON body whose second one is valid."""
     content = json.dumps({"image1_base64": text, "image2_base64": "YQ=="}).encode()
     return fields.parse(bytearray(content), "application/json")["image1_base64"]
 

@@ -1,4 +1,4 @@
-"""Decoding: right pixels for every mode, a client's error for every broken file, never a crash."""
+"""Decoding: correct pixels for every mode, a client error for every broken file, no crash."""
 
 import io
 import subprocess
@@ -61,7 +61,7 @@ def prepare(file: bytes, native: bool = False, max_pixels: int = MAX_PIXELS) -> 
 
 
 def as_before(file: bytes) -> np.ndarray:
-    """What the replaced service made of a file."""
+    """The pixels that the FlowNet2 Docker image's service computes from a file."""
     with Image.open(io.BytesIO(file)) as image:
         return np.asarray(image.resize((512, 512), Image.Resampling.LANCZOS).convert("RGB"))
 
@@ -145,7 +145,7 @@ def test_native_keeps_the_size_and_ignores_orientation() -> None:
 
 
 def test_metadata_is_not_looked_at() -> None:
-    """Pillow would warn, which is an error here, of each tag of this EXIF."""
+    """Pillow would warn of each tag of this EXIF, and a warning is an error here."""
     file = encoded(picture(1), "JPEG", exif=repetitive_exif())
     np.testing.assert_array_equal(prepare(file), as_before(encoded(picture(1), "JPEG")))
     file = avif_with_exif(picture(1))
@@ -279,7 +279,7 @@ print(counted, peak() - before)
 def test_memory_is_counted_as_it_is_used(
     mode: str, format: str, options: dict[str, object], tmp_path: Path
 ) -> None:
-    """What decoding takes is no more than what is counted, and what every request may take."""
+    """Decoding uses no more memory than is counted, plus the minimum of a request."""
     (tmp_path / "file").write_bytes(encoded(Image.new(mode, (3000, 2000)), format, **options))
     command = [sys.executable, "-c", DECODE, str(tmp_path / "file"), ",".join(FORMATS)]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

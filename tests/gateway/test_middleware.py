@@ -1,4 +1,4 @@
-"""What passes through the middleware, without a server around it."""
+"""The middleware alone, without a server."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ def metrics() -> Metrics:
 
 
 def serve(app: ASGIApp, *headers: tuple[bytes, bytes]) -> None:
-    """One request; nobody reads the response."""
+    """Serve a request whose response is not read."""
     scope = {"type": "http", "method": "GET", "path": "/", "headers": list(headers)}
 
     async def unused(*_: object) -> dict[str, object]:

@@ -61,7 +61,7 @@ OPERATIONS = [
 def test_schemathesis(
     gateway: Gateway, method: str, path: str, mode: schemathesis.GenerationMode
 ) -> None:
-    """Requests made from the document, right and wrong ones: no crash, and nothing undeclared.
+    """Valid and invalid requests made from the document: no crash, and no undeclared response.
 
     Not every string is an image, so a request that fits the schema may be refused.
     """
@@ -73,7 +73,7 @@ def test_schemathesis(
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
         response = case.call(timeout=60)
-        if response.status_code in (408, 504):  # it asked for a response in next to no time
+        if response.status_code in (408, 504):  # its deadline was too short
             return
         assert response.status_code < 500, response.text
         case.validate_response(response, excluded_checks=[positive_data_acceptance])

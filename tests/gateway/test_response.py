@@ -10,7 +10,7 @@ from gateway.response import PiecewiseResponse
 
 
 @pytest.mark.parametrize("stuck_at", range(4))
-def test_a_client_that_does_not_read_is_cut_off(
+def test_a_client_that_does_not_read_is_disconnected(
     stuck_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it stops reading: at the head, in the middle, or at the end."""

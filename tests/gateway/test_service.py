@@ -1,4 +1,4 @@
-"""The running gateway in front of a real Triton: responses, errors, limits, probes, and its end."""
+"""The running gateway in front of a real Triton: responses, errors, limits, probes, shutdown."""
 
 import base64
 import contextlib
@@ -161,8 +161,8 @@ class TestResponses:
 
         flow = np.load(io.BytesIO(post("application/x-npy").content))
         if size == "native":
-            one, two = (np.asarray(image, np.float32) for image in (FIRST, SECOND))
-            np.testing.assert_array_equal(flow, (two - one)[..., :2] / 8)
+            first, second = (np.asarray(image, np.float32) for image in (FIRST, SECOND))
+            np.testing.assert_array_equal(flow, (second - first)[..., :2] / 8)
         else:
             np.testing.assert_allclose(flow, expected_flow(FIRST, SECOND), atol=1e-6)
         height, width, _ = flow.shape
@@ -176,7 +176,7 @@ class TestResponses:
     def test_both_directions(
         self, gateway: Gateway, closed_form_triton: triton.Triton, side: int, batches: int
     ) -> None:
-        """One batch of two where a GPU takes it, else two; all as each direction alone gives it."""
+        """One batch of two if a GPU supports that size, else two, with the single flows."""
 
         def counted(name: str) -> float:
             text = httpx2.get(closed_form_triton.address.metrics).text
@@ -212,7 +212,7 @@ class TestResponses:
             np.testing.assert_array_equal(np.asarray(mask), arrays["occluded"])
 
     def test_occlusion_is_that_of_the_grid(self, gateway: Gateway) -> None:
-        """In pixels of the 512 grid on which it is, and not in those of the images."""
+        """It is computed in pixels of the 512 grid, not in those of the images."""
         arrays = np.load(
             io.BytesIO(
                 gateway.client.post(
@@ -296,7 +296,7 @@ class TestErrors:
         ("headers", "status", "slug", "field"),
         [
             ({"Accept": "text/html"}, 406, "not-acceptable", "Accept"),
-            # Lines of one name are one list: this one gets as far as its body.
+            # Header lines of the same name form a list: this request is accepted up to its body.
             (
                 [("Accept", "text/html"), ("Accept", "image/png"), ("Content-Type", "text/csv")],
                 415,
@@ -363,7 +363,7 @@ class TestErrors:
             assert "262144" in response.json()["detail"]
             assert "limited" in response.json()["detail"]
 
-    def test_body_limit_counts_what_comes(self, gateway: Gateway) -> None:
+    def test_the_body_limit_counts_received_bytes(self, gateway: Gateway) -> None:
         def endless() -> object:
             for _ in range(80):
                 yield b" " * 2**20
@@ -387,7 +387,7 @@ class TestErrors:
             b"GET /livez HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 2**17,
         ],
     )
-    def test_what_is_no_http(self, gateway: Gateway, sent: bytes) -> None:
+    def test_bytes_that_are_not_http(self, gateway: Gateway, sent: bytes) -> None:
         with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
             line.sendall(sent)
             response = http.client.HTTPResponse(line)
@@ -416,10 +416,16 @@ class TestTime:
         )
         check_problem(response, 504, "deadline-exceeded")
 
-    def test_queues_of_triton_told_apart(self, gateway: Gateway) -> None:
-        """The slow model works on one request for 2 s and queues two more. The second request
-        has no time to wait for the first; of five others, three at least find no place."""
+    def test_full_queues_and_deadlines_are_distinguished(
+        self, gateway: Gateway, closed_form_repository: Path
+    ) -> None:
+        """The slow model computes one request for 2 s and queues two more. The deadline of the
+        second request is shorter, and at least three of five others find the queue full."""
         responses: list[httpx2.Response] = []
+
+        def events(name: str) -> int:
+            journal = closed_form_repository / "journal"
+            return journal.read_text().count(name) if journal.exists() else 0
 
         def post(timeout: str) -> threading.Thread:
             def work() -> None:
@@ -431,9 +437,9 @@ class TestTime:
             thread.start()
             return thread
 
+        before = events("started")
         clients = [post("60")]
-        wait_until(lambda: "slots_used 1.0" in gateway.client.get("/metrics").text)
-        time.sleep(0.3)  # from the slot to Triton
+        wait_until(lambda: events("started") > before)
         clients += [post("0.5"), *(post("60") for _ in range(5))]
         for client in clients:
             client.join()
@@ -446,20 +452,20 @@ class TestTime:
         full = next(response for response in responses if response.status_code == 503)
         assert int(full.headers["retry-after"]) >= 1
 
-    def test_client_that_leaves_cancels_its_inference(
+    def test_a_client_that_disconnects_cancels_its_inference(
         self, gateway: Gateway, closed_form_repository: Path
     ) -> None:
         journal = closed_form_repository / "journal"
-        before = journal.read_text().count("cancelled") if journal.exists() else 0
+        journal.touch()
+        started, cancelled = (journal.read_text().count(x) for x in ("started", "cancelled"))
         content = json.dumps(BODY).encode()
         with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as line:
             line.sendall(
                 b"POST /estimate_flow/?model=slow HTTP/1.1\r\nHost: a\r\nX-Request-ID: leaves\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(content) + content
             )
-            wait_until(lambda: "slots_used 1.0" in gateway.client.get("/metrics").text)
-            time.sleep(0.3)  # let it get from the slot to Triton
-        wait_until(lambda: journal.exists() and journal.read_text().count("cancelled") > before)
+            wait_until(lambda: journal.read_text().count("started") > started)
+        wait_until(lambda: journal.read_text().count("cancelled") > cancelled)
         wait_until(
             lambda: any(
                 '"leaves"' in line and '"client-gone"' in line
@@ -621,8 +627,8 @@ class TestOtherSettings:
             wait_until(lambda: "flownet2_admitted 0.0" in gateway.client.get("/metrics").text)
             assert gateway.client.post(PATH, json=BODY).status_code == 200
 
-    def test_connections_that_ask_for_nothing(self, tmp_path: Path) -> None:
-        """Half a head, or none, is closed after a while; many of them stop nobody."""
+    def test_connections_without_requests(self, tmp_path: Path) -> None:
+        """Half a head, or none, ends after a while; many such connections do not block others."""
         with run_gateway("127.0.0.1:1", tmp_path / "log", descriptors=80) as gateway:
             address = ("127.0.0.1", int(gateway.url.rpartition(":")[2]))
             with contextlib.ExitStack() as stack:
@@ -696,7 +702,7 @@ class TestOtherSettings:
     def test_slow_readers_are_counted(
         self, closed_form_triton: triton.Triton, tmp_path: Path
     ) -> None:
-        """A response of 20 MB that nobody reads stays counted until the client goes away."""
+        """A response of 20 MB that is not read stays counted until the client disconnects."""
         large = encoded(Image.new("RGB", (1024, 1024)))
         content = json.dumps(as_json(large, large)).encode()
         with run_gateway(closed_form_triton.address.grpc, tmp_path / "log") as gateway:
@@ -715,7 +721,7 @@ class TestOtherSettings:
     def test_traces_join_the_clients(
         self, closed_form_triton: triton.Triton, tmp_path: Path
     ) -> None:
-        """A collector gets the request's span, child of the one that the client names."""
+        """A collector gets the request's span, a child of the client's."""
         pytest.importorskip("opentelemetry.sdk")
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (  # noqa: PLC0415
             ExportTraceServiceRequest,
@@ -825,7 +831,7 @@ class TestLife:
             assert gateway.client.get("/healthz").json()["status"] == "unavailable"
             assert gateway.client.get("/models").json() == {"models": []}
 
-    def test_the_end_waits_for_no_thread_that_nobody_waits_for(
+    def test_shutdown_does_not_wait_for_abandoned_threads(
         self, closed_form_triton: triton.Triton, tmp_path: Path
     ) -> None:
         """Decoding that never ends: its request gets a 504, and the process can still exit."""
@@ -843,7 +849,7 @@ class TestLife:
             gateway.process.send_signal(signal.SIGTERM)
             assert gateway.process.wait(30) == 0
 
-    def test_sigterm_finishes_what_is_in_flight(
+    def test_sigterm_finishes_requests_in_flight(
         self, closed_form_triton: triton.Triton, tmp_path: Path
     ) -> None:
         with run_gateway(

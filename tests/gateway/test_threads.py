@@ -1,4 +1,4 @@
-"""Work in threads that is cancelled: dropped before it begins, waited for after."""
+"""Cancelled calls in threads: dropped before they begin, waited for after."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ class Body:
     """Stands for what a call holds."""
 
 
-def test_a_call_that_runs_is_waited_for_and_one_that_waits_is_let_go() -> None:
+def test_a_running_call_is_waited_for_and_a_waiting_call_is_dropped() -> None:
     async def scenario() -> None:
         threads = Threads(1)
         began, go_on, called = threading.Event(), threading.Event(), []

@@ -23,7 +23,7 @@ BODY = as_json(encoded(picture(1)), encoded(picture(2)))
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether a process runs; an orphan that ended may stay a zombie, where init collects none."""
+    """True if a process runs. An orphan that exited may stay a zombie if init does not reap it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -33,7 +33,7 @@ def runs(process: psutil.Process) -> bool:
 def workers(gateway: Gateway) -> list[psutil.Process]:
     """The processes that serve."""
     children = psutil.Process(gateway.process.pid).children()
-    return [one for one in children if runs(one) and "--multiprocessing-fork" in one.cmdline()]
+    return [x for x in children if runs(x) and "--multiprocessing-fork" in x.cmdline()]
 
 
 def test_processes_count_together_are_replaced_and_drain(
@@ -55,7 +55,7 @@ def test_processes_count_together_are_replaced_and_drain(
             return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
 
         def ready() -> int:
-            """Status of a new connection, which any process may take; 0 without one."""
+            """Status on a new connection, which any process may accept; 0 if it is refused."""
             try:
                 return httpx2.get(f"{gateway.url}/readyz", verify=False).status_code
             except httpx2.TransportError:
@@ -102,6 +102,6 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
         both = workers(gateway)
         assert shared() > before
         gateway.process.kill()
-        wait_until(lambda: not any(runs(one) for one in both))
+        wait_until(lambda: not any(map(runs, both)))
         assert gateway.get("/livez") == 0
     assert shared() == before

@@ -1,4 +1,4 @@
-"""Runs what the gateway's tests need: a model repository in closed form, a gateway, image files."""
+"""Support of the gateway's tests: a model repository in closed form, a gateway, image files."""
 
 import base64
 import contextlib
@@ -53,8 +53,8 @@ def write_model(
     (version / "model.py").symlink_to(MODEL)
     (version / "model.onnx").touch()
     inputs = ", ".join(
-        f'{{ name: "{one}" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }}'
-        for one in ("image1", second)
+        f'{{ name: "{image}" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }}'
+        for image in ("image1", second)
     )
     config = CONFIG.format(name=name, inputs=inputs, flow_type=flow_type, queue=queue)
     config += "".join(
@@ -65,7 +65,7 @@ def write_model(
 
 
 def write_repository(folder: Path) -> Path:
-    """A repository with the default model, slow and broken ones, and some off the contract."""
+    """A repository with the default model, slow and faulty ones, and two off the contract."""
     write_model(
         folder,
         network="FlowNet2",
@@ -122,14 +122,14 @@ class Gateway:
         self.client = httpx2.Client(base_url=self.url, timeout=60)
 
     def get(self, path: str) -> int:
-        """Status of a GET; 0 where nothing listens."""
+        """Status of a GET, or 0 if nothing listens."""
         try:
             return self.client.get(path).status_code
         except httpx2.TransportError:
             return 0
 
     def stop(self) -> int:
-        """End it in the quick way; its exit status."""
+        """Stop it with SIGINT, and return its exit status."""
         self.client.close()
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(30)
@@ -137,7 +137,7 @@ class Gateway:
 
 @contextlib.contextmanager
 def run_gateway(endpoints: str, log: Path, **options: Any) -> Iterator[Gateway]:
-    """A gateway that answers /livez, and /readyz if it has endpoints that serve."""
+    """Run a gateway, and wait until it answers /livez."""
     gateway = Gateway(endpoints, log, **options)
     try:
         wait_until(lambda: gateway.get("/livez") == 200)
@@ -147,7 +147,7 @@ def run_gateway(endpoints: str, log: Path, **options: Any) -> Iterator[Gateway]:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until a condition holds; the limit only ends a test that has failed."""
+    """Wait until a condition holds. The limit only ends a test that has failed."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition never held"
@@ -177,10 +177,10 @@ def as_json(file1: bytes, file2: bytes) -> dict[str, str]:
 
 
 def expected_flow(image1: Image.Image, image2: Image.Image) -> np.ndarray:
-    """The right flow: the model's closed form on images prepared with Pillow."""
-    one, two = (
+    """The expected flow: the model's closed form on images prepared with Pillow."""
+    pixels1, pixels2 = (
         np.asarray(image.resize((512, 512), Image.Resampling.LANCZOS).convert("RGB"), np.float32)
         for image in (image1, image2)
     )
     scale = np.array([image1.width / 512, image1.height / 512], np.float32)
-    return (two - one)[..., :2] / 8 * scale
+    return (pixels2 - pixels1)[..., :2] / 8 * scale

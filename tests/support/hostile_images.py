@@ -1,4 +1,4 @@
-"""Image files made to break readers: each is a name and bytes."""
+"""Hostile and unusual image files, as pairs of a name and bytes."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, data: bytes, *extra: bytes, depth: int = 8, colour: int = 0
 ) -> bytes:
-    """A PNG from its parts, right or wrong."""
+    """A PNG from its parts, which may be wrong."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", data), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
@@ -78,21 +78,21 @@ def gif_comments(gif: bytes, count: int, text: bytes = b"a") -> bytes:
 
 
 def bomb_text(kind: bytes) -> bytes:
-    """A text chunk of a few KB that unpacks to 64 MB."""
+    """A text chunk of a few KB that expands to 64 MB."""
     packed = zlib.compress(b"a" * 2**26, 9)
     head = b"Comment\0\0" if kind == b"zTXt" else b"Comment\0\1\0\0\0"
     return chunk(kind, head + packed)
 
 
 def truncations() -> Iterator[tuple[str, bytes]]:
-    """Files cut off: a PNG at and inside every chunk, others along their length."""
+    """Truncated files: a PNG at and inside every chunk, others along their length."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "x" * 100)
     whole = encoded(picture(1), pnginfo=info)
     pixels_end = png_chunk_ends(whole)[-2]
     for end in png_chunk_ends(whole)[:-1]:
         for offset in (end - 20, end):
-            if offset < pixels_end:  # beyond, nothing that matters is missing
+            if offset < pixels_end:  # after that nothing important is missing
                 yield f"png-cut-{offset}", whole[:offset]
     for format in ("JPEG", "WEBP", "AVIF", "BMP", "TIFF", "PPM"):
         data = encoded(picture(1), format)
@@ -101,7 +101,7 @@ def truncations() -> Iterator[tuple[str, bytes]]:
 
 
 def bad_images() -> Iterator[tuple[str, bytes]]:
-    """Files that must be refused."""
+    """Files that must be rejected."""
     whole = encoded(picture(1))
     yield from truncations()
     yield "empty-png", whole[:8]
@@ -180,7 +180,7 @@ def bad_images() -> Iterator[tuple[str, bytes]]:
 
 
 def bad_tiffs() -> Iterator[tuple[str, bytes]]:
-    """TIFFs that must be refused."""
+    """TIFFs that must be rejected."""
     pixels = bytes(64 * 48)
     yield "tiff-jpeg", encoded(picture(1), "TIFF", compression="jpeg")
     yield "tiff-of-signed", tiff(grey_tiff(bits=16, t339=(3, [2])), bytes(2 * 64 * 48))
@@ -193,10 +193,7 @@ def bad_tiffs() -> Iterator[tuple[str, bytes]]:
     # Each strip has all rows, and more: 20,000 times the work.
     strips = {278: (4, [100]), 273: (4, [8] * 20_000), 279: (4, [64 * 48] * 20_000)}
     yield "tiff-overlapping-strips", tiff(grey_tiff() | strips, pixels)
-    # Each of 60,000 tags has the same 3 KB for its value.
-    many = tiff({256: (4, [64]), **{tag: (3, [0] * 1536) for tag in range(1000, 1001)}})
-    tags = {tag: (4, [1]) for tag in range(1000, 60_000)}
-    yield "tiff-without-pixels", tiff(tags) + many
+    yield "tiff-without-pixels", tiff({tag: (4, [1]) for tag in range(1000, 60_000)})
     yield (
         "tiff-huge-tile",
         tiff(
@@ -213,13 +210,13 @@ def bad_tiffs() -> Iterator[tuple[str, bytes]]:
 
 
 def no_palette() -> bytes:
-    """A PNG of colours that a palette should name, without one."""
+    """A PNG of palette indices without a palette."""
     coloured = zlib.compress((b"\0" + bytes(64)) * 64)
     return png(64, 64, coloured, chunk(b"tRNS", b"\0"), colour=3)
 
 
 def repetitive_exif() -> bytes:
-    """64 KB of EXIF, in which 2,500 tags have the same 30 KB for their value."""
+    """64 KB of EXIF in which 2,500 tags share a value of 30 KB."""
     count, size = 2_500, 30_000
     tags = (struct.pack("<HHII", tag, 7, size, 30_500) for tag in range(count))
     directory = struct.pack("<H", count) + b"".join(tags)
@@ -242,7 +239,7 @@ def many_scans(jpeg: bytes, count: int) -> bytes:
 
 
 def good_images() -> Iterator[tuple[str, bytes]]:
-    """Unusual files that must be read."""
+    """Unusual files that must be accepted."""
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         yield f"png-{mode}", encoded(picture(1, mode=mode))
     grey = picture(1, mode="L")

@@ -32,7 +32,7 @@ def drop(page: Page, files: dict[str, bytes], kind: str = "image/png") -> None:
 
 
 def drop_files(page: Page, files: list[tuple[str, bytes]], kind: str = "image/png") -> None:
-    """Drop files onto the page, of which two may have one name."""
+    """Drop files onto the page; two of them may have the same name."""
     transfer = page.evaluate_handle(
         """([files, type]) => {
             const transfer = new DataTransfer();
@@ -46,12 +46,12 @@ def drop_files(page: Page, files: list[tuple[str, bytes]], kind: str = "image/pn
 
 
 def wait_for_response(page: Page, request: str) -> None:
-    """Until the response to a request is on display, told by a piece of its curl command."""
+    """Wait until a response is shown whose curl command contains a text."""
     expect(page.locator("#code")).to_contain_text(request)
 
 
 def read_at(page: Page, x: int, y: int, canvas: str = "#flow") -> list[float]:
-    """What the page says of a pixel of 64x48 under the mouse: u, v."""
+    """u and v that the page shows for a pixel of 64x48 under the mouse."""
     page.locator(canvas).scroll_into_view_if_needed()
     box = page.locator(canvas).bounding_box()
     assert box is not None
@@ -87,7 +87,7 @@ def test_opens_on_a_result(page: Page) -> None:
     assert colours > 100
 
 
-def test_the_sample_is_what_the_shipped_weights_give(stack: Stack) -> None:
+def test_the_sample_is_the_flow_of_the_shipped_weights(stack: Stack) -> None:
     files = {name: (SAMPLE / f"{name}.jpg").read_bytes() for name in ("image1", "image2")}
     response = httpx2.post(
         f"{stack.url}/estimate_flow/?size=native",
@@ -252,7 +252,7 @@ def test_files_and_commands_are_the_response(page: Page, gateway: Gateway, tmp_p
 
 
 def python(code: str, result: str, folder: Path) -> np.ndarray:
-    """What a piece of Python computes."""
+    """The result of a piece of Python."""
     code += f"\nimport sys, numpy\nnumpy.save(sys.stdout.buffer, {result})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -279,7 +279,7 @@ def test_colours_are_those_of_the_library(page: Page) -> None:
         assert np.abs(picture[..., :3] - colours(flow, maximum)).max() <= 1
 
 
-def test_a_wrong_file_is_told_beside_its_field(page: Page, context: BrowserContext) -> None:
+def test_a_wrong_file_is_reported_beside_its_field(page: Page, context: BrowserContext) -> None:
     drop(page, {"a.png": FILES["b_2.png"], "b.png": b"no picture at all"})
     problem = page.locator("#problem-image2")
     expect(problem).to_have_text(re.compile("image2"))
@@ -318,7 +318,7 @@ def film(levels: list[int], size: tuple[int, int] = (64, 48), rate: int = 10) ->
 
 
 def test_steps_through_a_video(page: Page) -> None:
-    """Frames are told apart by how much brighter the next one is: the model's flow."""
+    """Each pair has its own difference of brightness, which is the model's flow."""
     levels = [0, 16, 48, 96, 160, 240]
     drop(page, {"film.webm": film(levels)}, "video/webm")
     frames = page.locator("#frame-name")
@@ -355,7 +355,7 @@ def test_keyboard_moves_the_crosshair(page: Page) -> None:
 
 
 def test_warp_brings_image_2_back(page: Page) -> None:
-    """A shifted image, warped by the shift, is the first one; beyond the edge there is nothing."""
+    """A shifted image, warped by the shift, is the first image; outside it is transparent."""
     rng = np.random.default_rng(0)
     image2 = rng.integers(0, 256, (12, 20, 3), np.uint8)
     flow = np.full((12, 20, 2), (2.5, 1.0), np.float32)
@@ -379,7 +379,7 @@ def test_warp_brings_image_2_back(page: Page) -> None:
     assert (back[:, 17:, 3] == 0).all()
 
 
-def test_a_lost_connection_is_told(page: Page, context: BrowserContext) -> None:
+def test_a_lost_connection_is_reported(page: Page, context: BrowserContext) -> None:
     context.route("**/estimate_flow/**", lambda route: route.abort())
     page.get_by_role("button", name="Estimate flow").click()
     expect(page.locator("#problem")).to_contain_text("connection was lost")

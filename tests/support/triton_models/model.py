@@ -2,12 +2,13 @@
 
 flow[y, x] = ((R2 - R1) / 8, (G2 - G1) / 8), differences of the two images' red and green at (y, x).
 
-The model's `parameters` choose how it misbehaves: `delay_s` sleeps before the response and stops
-early when the request is cancelled; `journal` names a file that gets a line per request ("done" or
-"cancelled"); `fault` is "nan" (a non-finite flow), "far" (one of 1e28 pixels) or "raise".
+The model's `parameters` choose its faults: `delay_s` sleeps before the response and stops early if
+the request is cancelled; `journal` names a file that gets the lines "started" and then "done" or
+"cancelled" for each request; `fault` is "nan" (a flow that is not finite), "far" (a component of
+1e28 pixels) or "raise".
 
 Tensors pass as DLPack: the stub is compiled against NumPy 1 and misreads arrays of NumPy 2. A
-capsule that the stub has used must get the name by which NumPy knows a used one.
+capsule that the stub has used must get the name that NumPy gives to used capsules.
 """
 
 import ctypes
@@ -23,7 +24,9 @@ import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 
 
-class Lent:
+class Output:
+    """Array that passes to the stub as DLPack."""
+
     def __init__(self, array):
         self.array = array
 
@@ -52,12 +55,11 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request):
+        self._note("started")
         end = time.monotonic() + self.delay_s
         while time.monotonic() < end and not request.is_cancelled():
             time.sleep(0.01)
-        if self.journal:
-            with open(self.journal, "a") as journal:
-                journal.write("cancelled\n" if request.is_cancelled() else "done\n")
+        self._note("cancelled" if request.is_cancelled() else "done")
         if self.fault == "raise":
             return pb_utils.InferenceResponse(error=pb_utils.TritonError("a fault made on purpose"))
         first, second = (
@@ -69,5 +71,10 @@ class TritonPythonModel:
             flow[0, 0, 0, 0] = np.nan
         if self.fault == "far":
             flow[0, 0, 0, 0] = -1e28
-        lent = Lent(np.ascontiguousarray(flow))
-        return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("flow", lent)])
+        output = Output(np.ascontiguousarray(flow))
+        return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("flow", output)])
+
+    def _note(self, event):
+        if self.journal:
+            with open(self.journal, "a") as journal:
+                journal.write(f"{event}\n")
