@@ -52,7 +52,7 @@ def divide_in_weights(model: openvino.Model, names: CostVolume) -> bool:
     The exported graph multiplies both feature maps by ``C ** -0.5`` instead. Between the volume and
     the weights lies a LeakyReLU, which commutes with a positive factor.
 
-    Time with and without: 0.99. Features lose no bits to a factor in bfloat16.
+    It saves no time by itself, but a rounding of bfloat16 features.
 
     Returns:
         False if the graph around the volume is another, which is then left as it is.
@@ -85,7 +85,7 @@ def multiply_in_blocks(model: openvino.Model, names: CostVolume) -> None:
     positions of ``a`` are cut into blocks, each of which meets the positions of ``b`` from ten
     before it to ten behind it. A Gather then picks each position's own 21 x 21.
 
-    Time with and without: 0.90 in bfloat16, 0.95 in float32 (FlowNet2-cs, 512x512).
+    Time relative to without: 0.90 in bfloat16, 0.93 in float32.
 
     Args:
         model: with inputs of a fixed shape and a batch of one.
@@ -163,8 +163,8 @@ def _only_reader(value: Value | None, kind: str) -> Value | None:
 
 def _divisor(number: int, near: int) -> int:
     """Return the divisor that is the nearest, as a ratio, to another number."""
-    divisors = (one for one in range(1, number + 1) if number % one == 0)
-    return min(divisors, key=lambda one: abs(math.log(one / near)))
+    divisors = (each for each in range(1, number + 1) if number % each == 0)
+    return min(divisors, key=lambda each: abs(math.log(each / near)))
 
 
 def _integers(numbers: npt.ArrayLike) -> openvino.Node:

@@ -17,12 +17,10 @@ from .machine import available_cores, available_memory, has_amx, has_bfloat16
 from .passes import Graph
 from .planned import PlannedShapes, Shape
 
-# OpenVINO 2026.4.1 on a Xeon with AMX, bfloat16, images at most 64 wide and thousands high (black
-# from 64x12288, with texture from 64x8192): flow of 1e28, or not finite, or another at each call.
-# The deepest features are then one column wide. Float32 is right, as is bfloat16 from 128 wide, for
-# wide images 64 high, and on an EPYC with AVX-512's bfloat16 at all of these sizes. Which
-# convolution is the first to be wrong is not known: a report to OpenVINO needs that, and a CPU with
-# AMX to find it.
+# With OpenVINO 2026.4.1 in bfloat16 on a Xeon with AMX, the flow of images that are at most 64 wide
+# and thousands high (from 64x8192) is not finite or differs from call to call: the deepest features
+# are one column wide. Float32 is right, and so is bfloat16 from 128 wide, for wide images 64 high,
+# and on an EPYC with AVX-512's bfloat16. Which convolution is wrong first is not known.
 BFLOAT16_WIDTH = 128
 
 PLANNED_SHARE = 0.25  # of the memory
