@@ -22,6 +22,7 @@ from gateway.errors import (
     SizesDiffer,
     UnsupportedImageFormat,
 )
+from gateway.system import silence_libtiff
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -82,6 +83,7 @@ def configure_pillow(max_pixels: int, formats: list[str]) -> None:
             f"it reads {', '.join(sorted(Image.OPEN))}"
         )
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
+    silence_libtiff()
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # requests already run in parallel
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -1,7 +1,8 @@
-"""Settings of the C library."""
+"""Settings of C libraries."""
 
 import contextlib
 import ctypes
+from pathlib import Path
 
 from gateway.settings import MIB
 
@@ -18,3 +19,17 @@ def tune_malloc() -> None:
         mallopt(m_arena_max, 2)
         mallopt(m_trim_threshold, 128 * MIB)
         mallopt(m_mmap_threshold, 32 * MIB)
+
+
+def silence_libtiff() -> None:
+    """Stop the libtiff that Pillow has loaded from writing to standard error, which is the log.
+
+    Pillow raises an exception for the same faults.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.partition("/")[2]
+        if "libtiff" in path:
+            library = ctypes.CDLL(f"/{path}")
+            library.TIFFSetErrorHandler(None)
+            library.TIFFSetWarningHandler(None)
+            return

@@ -183,6 +183,11 @@ def bad_tiffs() -> Iterator[tuple[str, bytes]]:
     """TIFFs that must be rejected."""
     pixels = bytes(64 * 48)
     yield "tiff-jpeg", encoded(picture(1), "TIFF", compression="jpeg")
+    for name in ("tiff_deflate", "tiff_lzw"):
+        file = encoded(picture(1), "TIFF", compression=name)
+        (at,) = struct.unpack("<I", file[4:8])
+        start = 8 if at > 1000 else len(file) - 1000
+        yield f"tiff-damaged-{name}", file[:start] + b"\xff" * 500 + file[start + 500 :]
     yield "tiff-of-signed", tiff(grey_tiff(bits=16, t339=(3, [2])), bytes(2 * 64 * 48))
     yield "tiff-of-integers", encoded(Image.fromarray(np.zeros((48, 64), np.int32)), "TIFF")
     yield "tiff-of-unsigned-32", tiff(grey_tiff(bits=32), bytes(4 * 64 * 48))
