@@ -1,10 +1,11 @@
-"""`flownet2 run` on videos: its speed beside perf_analyzer's, and its memory by a video's length.
+"""Throughput of `flownet2 run` beside perf_analyzer's, and its memory by the length of a video.
 
-`python -m benchmarks.command` measures both at a Triton of its own with the shipped weights, in
-some ten minutes; `make bench` the first.
+`python -m benchmarks.command` measures both with the shipped weights, in some ten minutes;
+`make bench` measures the throughput.
 """
 
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,20 +21,27 @@ from PIL import Image
 from benchmarks.perf_analyzer import SIZE, PerfAnalyzer, Unavailable
 from benchmarks.report import bypass_proxies, table
 from benchmarks.samples import sample_folders
+from benchmarks.web import gateway_of
 from export.shipped import write_shipped
 from launch import triton, wheel
 
 JOBS = 4
-FRAMES = 97
+FRAMES = 257
 ROUNDS = 8
+REPEATS = 3
 LENGTHS = (200, 20_000)
 TINY = 32
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the command: seconds from its start to its end and from its first file to its last,
-    and the most memory that it had."""
+    """A run of the command.
+
+    Attributes:
+        seconds: from its start to its end.
+        writing_seconds: from its first file to its last.
+        peak_mib: most memory that it used.
+    """
 
     seconds: float
     writing_seconds: float
@@ -41,48 +49,52 @@ class Run:
 
 
 def throughput(address: triton.Address) -> str:
-    """Pairs a second of perf_analyzer and of the command, before and after; a Markdown table."""
+    """Measure pairs per second of perf_analyzer and of the command; return a Markdown table."""
     try:
         program = PerfAnalyzer()
     except Unavailable as error:
         return f"Not measured: {error}.\n"
-    analyzer, whole, steady = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, gateway_of(address, 1) as gateway:
         video = Path(folder) / "film.mp4"
         write_video(video, FRAMES, SIZE)
-        for turn in range(2):
-            analyzer.append(program.load(address, JOBS, ROUNDS)["Inferences/Second"])
-            one = run(video, Path(folder) / f"flow{turn}", address)
-            whole.append((FRAMES - 1) / one.seconds)
-            steady.append((FRAMES - 2) / one.writing_seconds)
-    ways = {
-        "perf_analyzer, in its windows": analyzer,
-        f"`flownet2 run`, {FRAMES - 1} pairs of a video, from the first to the last": steady,
-        "the same with its start and end": whole,
-    }
+        servers = {
+            "grpc://": f"grpc://{address.grpc}",
+            "http://": f"http://127.0.0.1:{gateway.port}",
+        }
+        for turn in range(REPEATS):
+            measured = program.load(address, JOBS, ROUNDS)["Inferences/Second"]
+            rates.setdefault("perf_analyzer, gRPC", []).append(measured)
+            for scheme, server in servers.items():
+                one = run(video, Path(folder) / f"{turn}-{scheme[:4]}", server)
+                name = f"`flownet2 run`, {scheme}"
+                rates.setdefault(name, []).append((FRAMES - 2) / one.writing_seconds)
+                whole = f"{name}, with start and end of the process"
+                rates.setdefault(whole, []).append((FRAMES - 1) / one.seconds)
+    reference = statistics.median(rates["perf_analyzer, gRPC"])
     return table(
-        (f"{JOBS} requests under way", "pairs/s", "of perf_analyzer"),
+        (f"{FRAMES - 1} pairs of a video, {JOBS} requests at a time", "pairs/s", "relative"),
         [
-            (name, f"{sum(rates) / 2:.2f}", f"{sum(rates) / sum(analyzer):.2f}")
-            for name, rates in ways.items()
+            (name, f"{statistics.median(found):.2f}", f"{statistics.median(found) / reference:.2f}")
+            for name, found in rates.items()
         ],
     )
 
 
 def memory(address: triton.Address) -> str:
-    """The command's largest memory, by the length of the video; a Markdown table."""
+    """Measure the peak memory of the command by the length of the video; a Markdown table."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for length in LENGTHS:
             video = Path(folder) / f"film{length}.mp4"
             write_video(video, length, TINY)
-            one = run(video, Path(folder) / "flow", address)
+            one = run(video, Path(folder) / "flow", f"grpc://{address.grpc}")
             rows.append((f"{length:,}", f"{one.peak_mib:.0f}", f"{length / one.seconds:.0f}"))
     return table((f"frames, {TINY}x{TINY}", "peak MiB", "frames/s"), rows)
 
 
 def write_video(path: Path, frames: int, side: int) -> None:
-    """A video in which a sample's frame drifts."""
+    """Write a video in which the frame of a sample moves to the right."""
     with Image.open(sample_folders()[0] / "frame0.png") as image:
         pixels = np.asarray(image.convert("RGB").resize((side, side)))
     with av.open(str(path), "w") as container:
@@ -94,19 +106,19 @@ def write_video(path: Path, frames: int, side: int) -> None:
         container.mux(stream.encode(None))
 
 
-def run(video: Path, output: Path, address: triton.Address) -> Run:
-    """Run the command as a process."""
+def run(video: Path, output: Path, server: str) -> Run:
+    """Run the command as a process of its own."""
     command = [sys.executable, "-m", "flownet2", "run", str(video), "-o", str(output)]
-    command += ["--server", f"grpc://{address.grpc}", "--jobs", str(JOBS)]
+    command += ["--server", server, "--jobs", str(JOBS)]
     began = time.perf_counter()
-    process = subprocess.Popen(command)  # noqa: S603
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603
     peak = 0
     status = Path(f"/proc/{process.pid}/status")
-    # Not from wait4, whose figure counts this process too, from before the other began.
+    # wait4 would count this process, too: the command starts as a copy of it.
     while process.poll() is None:
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         peak = int(found[1]) if found else peak
-        time.sleep(0.02)
+        time.sleep(0.05)
     seconds = time.perf_counter() - began
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import av
 import av.error
 import av.filter
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from flownet2 import storage
 from flownet2.errors import Error
@@ -31,6 +33,10 @@ _LONGEST_LOSS_SECONDS = 10.0
 """A longer gap between two frames is a cut between recordings, not a loss."""
 _DELAYED_FRAMES = 64
 """A decoder returns a frame at most so many packets late (reordering and threads)."""
+
+
+_converters = threading.local()
+"""FFmpeg's converters to RGB: they are slow to set up and serve one thread each."""
 
 
 class VideoError(Error):
@@ -55,7 +61,10 @@ class VideoFrame:
 
     def pixels(self) -> Pixels:
         """Convert to uint8 RGB `[H, W, 3]`, rotated and mirrored as players show it."""
-        pixels: Pixels = self.picture.to_ndarray(format="rgb24")  # type: ignore[assignment]
+        if not hasattr(_converters, "rgb"):
+            _converters.rgb = VideoReformatter()
+        picture = _converters.rgb.reformat(self.picture, format="rgb24")
+        pixels: Pixels = picture.to_ndarray()
         side_data: Any = self.picture.side_data
         for data in side_data.keys():  # noqa: SIM118  not a dict
             if data.type.name == "DISPLAYMATRIX":
