@@ -39,7 +39,7 @@ __all__ = [
     "write_flow",
 ]
 
-# Imported on first use: programs that need the contract alone need no more than Python.
+# Imported on first use, so that programs that need only the contract need no other package.
 _MODULES = {
     "AsyncClient": "client",
     "Client": "client",

@@ -23,9 +23,9 @@ from flownet2.models import Model
 from flownet2.triton import CHANNEL, INFER, failure, infer_request
 
 RETRY_SECONDS = 1.0
-"""Pause before the next request to a server that failed and named no time."""
+"""Pause before the next request to a failed server that did not say when to retry."""
 _NPY_HEADER_BYTES = 1024
-"""More than the header of a `.npy` file of three dimensions takes."""
+"""Upper bound on the size of the header of a three-dimensional `.npy` file."""
 CONNECT_SECONDS = 10.0
 """Time limit for a connection; a call to several servers then tries another one."""
 
@@ -35,12 +35,12 @@ class Result:
     """The flow of a pair.
 
     Attributes:
-        flow: float32 `[H, W, 2]`, u to the right and v down, in pixels of the images as they were
-            computed; from the first image to the second, or with direction "backward" from the
-            second to the first.
+        flow: float32 `[H, W, 2]`, u to the right and v down, in pixels of the images as computed;
+            from the first image to the second, or with direction "backward" from the second to the
+            first.
         flow_backward: with direction "both" the flow from the second image to the first.
-        occluded: with direction "both" the occlusion mask, bool `[H, W]`: pixels of the first
-            image that the second does not show.
+        occluded: with direction "both" the occlusion mask, bool `[H, W]`: pixels of the first image
+            that are hidden in the second.
     """
 
     flow: Flow
@@ -49,7 +49,7 @@ class Result:
 
 
 class Unavailable(Exception):
-    """The server is full or unreachable: another one may answer, or this one after a pause."""
+    """Raised when a server is full or unreachable: retry on another server, or after a pause."""
 
     def __init__(self, error: FlowError, seconds: float = RETRY_SECONDS) -> None:
         super().__init__(error.detail)
@@ -71,7 +71,7 @@ class Backend(Protocol):
 
 
 class Gateway:
-    """A gateway: takes image files, and returns `.npy` or `.npz`."""
+    """A gateway: takes image files, and returns a `.npy` or `.npz` file."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
         import httpx2  # noqa: PLC0415  slow to import, and only needed here
@@ -84,10 +84,10 @@ class Gateway:
                 base_url=url,
                 limits=httpx2.Limits(max_connections=None),
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-                # A proxy that the environment names is not for servers on this machine.
+                # Proxies from the environment are not used for servers on this machine.
                 trust_env=not _is_local(urlsplit(url).hostname or ""),
             )
-        except Exception as error:  # a proxy or certificate file that the environment names
+        except Exception as error:  # a proxy or certificate file from the environment
             raise FlowError(
                 PROBLEM + "invalid-parameter",
                 f"no connection to {url} can be made: {error}. Check the server's URL, and the "
@@ -125,7 +125,7 @@ class Gateway:
             )
             arrays = {name: loaded[name] for name in expected}
             found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-        except Exception as error:  # NumPy raises about anything for damaged files
+        except Exception as error:  # NumPy raises almost any exception for damaged files
             raise self._unexpected(f"no NumPy file ({error})") from error
         if found != expected:
             raise self._unexpected(f"{found} instead of {expected}")
@@ -201,12 +201,12 @@ _grpc_pid: int | None = None
 
 
 class Triton:
-    """A Triton: takes pixels, and returns their flow."""
+    """A Triton server: takes pixels, and returns their flow."""
 
     def __init__(self, url: str, model: str | None) -> None:
         with requires_extra("grpc"):
-            # Slow to import, and only needed here. The stub itself: tritonclient's class around it
-            # takes twice the processor time.
+            # Imported here because it is slow to import. The stub is used directly: tritonclient's
+            # class around it takes twice the CPU time.
             from grpc import aio  # noqa: PLC0415
             from tritonclient.grpc import service_pb2  # noqa: PLC0415
             from tritonclient.grpc.service_pb2_grpc import (  # noqa: PLC0415
@@ -226,7 +226,8 @@ class Triton:
         self._model = model or MODEL_NAME
         self._channel = aio.insecure_channel(
             urlsplit(url).netloc,
-            # A name may stand for several Tritons, as that of a headless service does.
+            # A host name may resolve to several Tritons, such as a headless service's in
+            # Kubernetes.
             options=[*CHANNEL, ("grpc.lb_policy_name", "round_robin")],
         )
         self._stub = GRPCInferenceServiceStub(self._channel)
@@ -240,7 +241,7 @@ class Triton:
         timeout = deadline - asyncio.get_running_loop().time()
         if not both:
             return Result(await self._infer(pixels1, pixels2, timeout))
-        # Two requests, which Triton may join to a batch: not every engine takes two at any size.
+        # Two requests, which Triton may batch: not every engine takes a batch of two at any size.
         forward, backward = await asyncio.gather(
             self._infer(pixels1, pixels2, timeout), self._infer(pixels2, pixels1, timeout)
         )
@@ -279,7 +280,7 @@ class Triton:
                 default=name == MODEL_NAME,
             )
 
-        # Statistics list the models that are ready; the index of the repository needs admin rights.
+        # Statistics list the models that are ready; the repository index needs the admin key.
         request = self._messages.ModelStatisticsRequest()
         statistics = await self._request(self._stub.ModelStatistics(request, timeout=timeout))
         return [await describe(model.name, model.version) for model in statistics.model_stats]
@@ -338,6 +339,6 @@ def deadline_exceeded(server: str) -> FlowError:
 
 
 def _too_large(detail: str) -> str:
-    """Replace the advice of a server's message by what the client offers."""
+    """Replace the advice in a server's message with the client's option."""
     fact = detail.partition(". ")[0].rstrip(".")
     return f"{fact}: reduce the images with max_edge (--max-edge of the command)"

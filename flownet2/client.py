@@ -169,7 +169,7 @@ class AsyncClient:
         """Limit a call to `timeout`; yield its deadline, a time of the event loop.
 
         Raises:
-            FlowError: instead of other errors, the deadline's among them.
+            FlowError: replaces every other error, including a missed deadline.
         """
         self._bind()
         deadline = asyncio.get_running_loop().time() + self._timeout
@@ -182,7 +182,7 @@ class AsyncClient:
         except ImageError as error:
             raise FlowError(PROBLEM + "not-an-image", str(error)) from error
         except asyncio.CancelledError as error:
-            if self._closed and task and not task.cancelling():  # not the task, but its connection
+            if self._closed and task and not task.cancelling():  # its connection, not the task
                 raise _closed() from error
             raise
 
@@ -207,10 +207,10 @@ class AsyncClient:
     async def _request(
         self, request: Callable[[Backend, float], Awaitable[T]], deadline: float
     ) -> T:
-        """Send a request to the least busy server, and again while servers are unavailable.
+        """Send a request to the least busy server; retry while servers are unavailable.
 
         Args:
-            request: gets the connection and the seconds that are left.
+            request: called with the connection and the seconds left.
             deadline: time of the event loop.
         """
         loop = asyncio.get_running_loop()
@@ -439,7 +439,7 @@ def _checked_url(url: str) -> str:
         port, rest = parts.port, parts.path + parts.query
         kinds = {"http": True, "https": True, "grpc": port is not None and not rest}
         valid = bool(parts.hostname) and kinds.get(parts.scheme, False)
-    except ValueError:  # a port that is no number, or a bracket without its other
+    except ValueError:  # a port that is not a number, or an unmatched bracket
         valid = False
     if not valid:
         raise _invalid(

@@ -28,7 +28,7 @@ def colours(flow: Flow, maximum: float | None = None) -> npt.NDArray[np.uint8]:
     """Return the flow in Middlebury's colours, uint8 RGB `[height, width, 3]`.
 
     The hue is the direction. No motion is white, a motion of `maximum` pixels has the full colour,
-    and longer ones are darker. Unknown flow is black.
+    and longer motion is darker. Unknown flow is black.
 
     Args:
         flow: float32 `[height, width, 2]`, in pixels.
@@ -83,8 +83,8 @@ def _circle() -> npt.NDArray[np.float32]:
     return circle
 
 
-# Upper ends of the colours of errors, as multiples of 3 pixels or of 5 % of the true length,
-# whichever is larger, and the colours: KITTI's development kit. Beyond 1 the flow is wrong.
+# Upper limits of the error colours, as multiples of 3 pixels or of 5 % of the true length,
+# whichever is larger, and the colours, from KITTI's development kit. Above 1 the flow is wrong.
 ERROR_BOUNDS = tuple(2.0**power for power in range(-4, 5))
 ERROR_COLOURS = np.array(
     [
@@ -98,7 +98,7 @@ ERROR_COLOURS = np.array(
 def error_colours(flow: Flow, truth: Flow) -> npt.NDArray[np.uint8]:
     """Return the end-point errors in KITTI's colours, uint8 RGB `[height, width, 3]`.
 
-    Blue is right and red wrong by KITTI's rule (`flownet2.measures.fl`). Pixels without ground
+    Blue is correct and red is wrong by KITTI's rule (`flownet2.measures.fl`). Pixels without ground
     truth are black. Pixels without a prediction have the colour of the largest errors.
     """
     error = np.hypot(flow[..., 0] - truth[..., 0], flow[..., 1] - truth[..., 1])

@@ -1,4 +1,4 @@
-"""A bounded number of requests at a time."""
+"""Concurrent requests, limited in number, with results in order."""
 
 import asyncio
 from collections import deque
@@ -16,11 +16,11 @@ async def in_order(
     jobs: int,
     advance: Callable[[], None],
 ) -> None:
-    """Request something for each item, and process the results in the order of the items.
+    """Send a request for each item, and process the results in the order of the items.
 
     Args:
-        items: what to request a result for.
-        request: returns the result; up to `jobs` run at a time.
+        items: the items, each of which gets one request.
+        request: returns the result for an item; up to `jobs` run at a time.
         finish: processes a result; runs in a thread, one at a time.
         jobs: number of concurrent requests.
         advance: called after each item.

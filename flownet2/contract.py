@@ -1,4 +1,4 @@
-"""What every served model takes and gives, and the sizes that follow from the networks.
+"""Inputs and outputs of every served model, and the image sizes that the networks support.
 
 Triton model: `image1`, `image2` UINT8 `[N, height, width, 3]` RGB in, `flow` FP32
 `[N, height, width, 2]` out, in pixels of the images, u to the right and v down.
@@ -21,5 +21,5 @@ GRID = (512, 512)
 
 
 def adapted(side: int) -> int:
-    """The side, in pixels, at which the network computes an image side: the next multiple of 64."""
+    """Return the side at which the network computes an image side: the next multiple of 64."""
     return (side + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE

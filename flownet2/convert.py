@@ -27,12 +27,12 @@ FRAMES_PER_SECOND = 25
 
 
 class ConvertError(Error):
-    """Raised for sources that have no flow, or whose results would have one name."""
+    """Raised for sources without flow, or when two results would have the same name."""
 
 
 @dataclass(frozen=True)
 class FlowFile:
-    """A flow file, and its path below a source folder without the suffix."""
+    """A flow file, and its name: the path below the source folder, without the suffix."""
 
     path: Path
     name: str
@@ -45,9 +45,9 @@ class FlowFile:
 def find_flows(sources: Iterable[str]) -> list[FlowFile]:
     """List the flow files of paths, folders and patterns.
 
-    Folders are searched with their subfolders. Of PNG files, those of KITTI are taken; hidden files
-    are left out. Names are paths below the source folder; of other files, below the folder that
-    all of them have in common.
+    Folders are searched recursively; hidden files, and PNG files other than KITTI's, are skipped. A
+    flow from a folder is named by its path below that folder. Files given directly are named by
+    their paths below their common folder.
 
     Raises:
         ConvertError: a source has no flow file.
@@ -134,7 +134,7 @@ def write_files(
         advance: called after each file.
 
     Raises:
-        ConvertError: two results would have one name.
+        ConvertError: two results would have the same name.
         FormatError: a file is damaged, or the format cannot hold its flow.
     """
     names: dict[str, Path] = {}
@@ -174,7 +174,7 @@ def write_video(
         for number, file in enumerate(files):
             flow = file.read()
             if size not in (None, flow.shape):
-                raise ConvertError(f"{file.path} has not the size of the flows before it")
+                raise ConvertError(f"{file.path} differs in size from the flows before it")
             size = flow.shape
             yield number / FRAMES_PER_SECOND, colours(flow, scale)
             advance()

@@ -1,9 +1,9 @@
-"""Layouts of public optical-flow datasets: which files are a pair's frames, true flow and masks.
+"""Layouts of public optical-flow datasets: paths of each pair's frames, true flow and masks.
 
 A layout is a row of `DATASETS`: paths below the dataset's folder as it is unpacked, with fields in
 braces. `{sequence}` is a name without slashes, `{path}` any number of folders, `{number}` the first
 frame's number, `{next}` and `{previous}` the numbers beside it with as many digits, and `{split}`
-the folder of a split. A path that ends with `.*` has any suffix.
+the folder of a split. `.*` at the end of a path stands for any suffix.
 """
 
 import re
@@ -22,25 +22,25 @@ Split = Literal["training", "evaluation"]
 
 
 class DatasetError(Error):
-    """Raised for a folder that is not laid out as the dataset; the message says what is missing."""
+    """Raised for a folder without the dataset's layout; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a dataset keeps its pairs.
+    """Paths of a set of pairs in a dataset.
 
     Attributes:
         title: name of the set of pairs.
         truth: the true flow.
         first: the first frame.
         second: the second frame.
-        occlusions: mask, above zero where the second frame does not show the pixel.
-        visible_truth: the true flow of visible pixels alone, as KITTI has it.
-        invalid: mask, above zero where the truth does not count.
+        occlusions: mask, above zero for pixels that are hidden in the second frame.
+        visible_truth: the true flow of visible pixels only, as in KITTI.
+        invalid: mask, above zero for pixels that are not evaluated.
         supersampled: whether the truth has four vectors for each pixel, as Spring's has.
         leads_out: whether the last flow of a sequence has no second frame.
         splits: names of the training and of the evaluation split.
-        alternative: whether it is used only if the layout before it finds nothing.
+        alternative: whether it is used only if the previous layout finds no pairs.
         split_list: file with a line for each number in `{sequence}`: 1 for training, 2 for
             evaluation.
     """
@@ -127,7 +127,7 @@ DATASETS: dict[str, tuple[Layout, ...]] = {
         _kitti(2012, "colored_0"),
         _kitti(2012, "image_0", alternative=True),
     ),
-    # Folders as those of `samples/`.
+    # The layout of `samples/`.
     "pairs": tuple(
         Layout(
             "pairs",
@@ -199,8 +199,8 @@ class Sample:
     """A pair of frames and the files of its true flow and masks.
 
     Attributes:
-        title: the set that the pair is of, such as "sintel clean".
-        sequence: the sequence or scene within the set; the pair's name where there is none.
+        title: the set that the pair belongs to, such as "sintel clean".
+        sequence: the sequence or scene within the set; or the pair's name if there is none.
         supersampled: whether the truth has twice the frames' height and width. Its vectors are in
             pixels of the frames.
     """
@@ -216,7 +216,7 @@ class Sample:
     supersampled: bool = False
 
     def read(self) -> tuple[Flow, Mask | None]:
-        """Read the true flow, NaN where it does not count, and the mask of occluded pixels if any.
+        """Read the true flow, NaN at pixels that are not evaluated, and the occlusion mask if any.
 
         Raises:
             FormatError: the flow or a mask is damaged, or their sizes differ.
@@ -241,14 +241,14 @@ def _mask(path: Path, flow: Flow) -> Mask:
                 values = np.asarray(image.convert("L"))
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever Pillow and NumPy raise on damaged files
+    except Exception as error:  # Pillow and NumPy raise many types on damaged files
         raise DatasetError(f"{path} cannot be read as a mask: {error}") from error
     return _fitting(values > 0, flow, path)
 
 
 def _fitting(mask: Mask, flow: Flow, path: Path) -> Mask:
     if mask.shape != flow.shape[:2]:
-        raise DatasetError(f"{path} has not the size of the true flow beside it")
+        raise DatasetError(f"{path} differs in size from the true flow beside it")
     return mask
 
 
@@ -258,8 +258,8 @@ def samples(dataset: str, folder: Path, split: Split = "evaluation") -> list[Sam
     Args:
         dataset: a key of `DATASETS`.
         folder: the dataset as it is unpacked, or its folder of the split.
-        split: which pairs, of datasets that are split; of others all pairs. If only the training
-            split is there, its pairs are evaluated, and their titles say so.
+        split: the split, for datasets that have splits. If only the training split is there, its
+            pairs are listed instead, and their titles say so.
 
     Raises:
         DatasetError: the folder has no pair, or the list of its split does not fit.
@@ -307,7 +307,7 @@ def _samples(layout: Layout, folder: Path, split: Split) -> Iterator[Sample]:
         files = {field: filled(folder, path, fields) for field, path in paths.items()}
         if part is not None and not part(fields["sequence"]):
             continue
-        if not files["first"].parent.is_dir():  # the other pass of a dataset
+        if not files["first"].parent.is_dir():  # a pass (such as Sintel's final) that is not there
             continue
         if layout.leads_out and not files["second"].exists():
             after = fields | {"number": fields["next"]}
@@ -330,7 +330,7 @@ def _samples(layout: Layout, folder: Path, split: Split) -> Iterator[Sample]:
 
 
 def _split_list(path: Path, split: Split) -> Callable[[str], bool] | None:
-    """Return a function that tells whether a pair is of the split; None if there is no list."""
+    """Return a function that tests if a pair is in the split; None if there is no list."""
     if not path.exists():
         return None
     lines = path.read_text().split()
@@ -347,7 +347,7 @@ _FIELDS = {"sequence": "[^/]+", "path": ".+", "number": r"\d+", "next": r"\d+"}
 
 
 def matches(folder: Path, template: str) -> Iterator[dict[str, str]]:
-    """Find the files below a folder that a path with fields fits, by name; yield their fields.
+    """Yield the fields of each file below a folder that matches a path with fields, by name.
 
     `next` and `previous` are added to the fields if there is a `number`.
     """
@@ -373,7 +373,7 @@ def _wildcard(field: re.Match[str]) -> str:
 
 
 def filled(folder: Path, template: str, fields: Mapping[str, str]) -> Path:
-    """Return the path of a template with its fields filled in; of `.*` the file that is there."""
+    """Fill in the fields of a path; replace `.*` by the suffix of the file that exists."""
     path = folder / template.format_map(fields)
     if path.suffix == ".*":
         return next(iter(sorted(path.parent.glob(path.name))), path.with_suffix(".png"))

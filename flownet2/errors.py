@@ -14,7 +14,7 @@ class Error(Exception):
 
 
 class FlowError(Error):
-    """A client returns no flow.
+    """Raised when a client cannot return a flow.
 
     Attributes:
         type: name of the problem, the same as the gateway's: `urn:problem-type:flownet2:…`.
@@ -38,12 +38,12 @@ class FlowError(Error):
 
 
 class MissingExtra(Error):
-    """A function needs packages of an extra that is not installed."""
+    """Raised when a function needs an extra that is not installed."""
 
 
 @contextlib.contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Import packages of an extra inside this context.
+    """Convert failed imports of an extra's packages inside this context.
 
     Raises:
         MissingExtra: a package is not installed.

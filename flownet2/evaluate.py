@@ -34,7 +34,7 @@ class EvaluationError(Error):
 
 
 def motions(speeds: Sequence[float] = SPEEDS) -> dict[str, tuple[float, float]]:
-    """Return the ranges of length between speeds, by name: "0-10", "10-40", "40+"."""
+    """Return the ranges of motion, in pixels, between `speeds`, by name: "0-10", "10-40", "40+"."""
     return {
         f"{low:g}+" if high == np.inf else f"{low:g}-{high:g}": (low, high)
         for low, high in pairwise([0.0, *speeds, np.inf])
@@ -52,8 +52,8 @@ def groups(
         speeds: lengths of motion between the groups, in pixels.
 
     Returns:
-        Masks `[H, W]`: "all"; by length of the true motion ("0-10", …); "inside" and "outside",
-        where the true motion ends; "visible" and "occluded" if `occluded` is given.
+        Masks `[H, W]`: "all"; by length of the true motion ("0-10", …); "inside" and "outside", by
+        the end point of the true motion; "visible" and "occluded" if `occluded` is given.
     """
     valid = known(truth)
     length = np.hypot(truth[..., 0], truth[..., 1])

@@ -1,4 +1,4 @@
-"""Writing files of this machine atomically."""
+"""Atomic writing of local files."""
 
 import os
 import uuid
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes, *, shared: bool = False) -> None:
-    """Write a file so that readers see its old content or the new one, never a part.
+    """Write a file atomically: readers see its old content or all of its new content.
 
     The content goes to a hidden file beside it, `.<name>.part`, which is then renamed. Missing
     folders are created.

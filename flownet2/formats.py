@@ -39,7 +39,7 @@ KITTI_SCALE = 64.0
 KITTI_ZERO = 2.0**15
 
 _DEFLATE_RATIO = 1032
-"""Largest ratio of compression of deflate, which .npz, HDF5 and PNG use."""
+"""Highest compression ratio of deflate, which .npz, HDF5 and PNG use."""
 
 _PFM_HEADER = re.compile(
     rb"PF\s+(\d{1,9})(\s+)(\d{1,9})\s+([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\r\n|\s)"
@@ -51,12 +51,12 @@ class FormatError(Error):
 
 
 def known(flow: Flow) -> Mask:
-    """Return where the flow is known, bool `[height, width]`."""
+    """Return the mask of pixels with known flow, bool `[height, width]`."""
     return _both(np.isfinite(flow))
 
 
 def _both(components: Mask) -> Mask:
-    """Return where both components are True; NumPy is slow along an axis of two."""
+    """Return the mask of pixels with both components True; NumPy is slow along an axis of two."""
     both: Mask = components[..., 0] & components[..., 1]
     return both
 
@@ -110,13 +110,13 @@ def from_npz(content: bytes) -> Flow:
 
 
 def _array(content: bytes) -> npt.NDArray[np.generic]:
-    """Return the array of an .npy file; its size must be what its header says."""
+    """Return the array of an .npy file, after checking its size against its header."""
     file = io.BytesIO(content)
     npy: Any = np.lib.format
     try:
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         shape, fortran, dtype = read[npy.read_magic(file)](file)
-    # The header is a Python literal: whatever its parser raises on damaged ones.
+    # The header is a Python literal, whose parser raises many types on a damaged one.
     except Exception as error:
         raise FormatError(f"it is not an .npy file, or it is damaged: {error}") from error
     if dtype.kind != "f":
@@ -198,7 +198,7 @@ def from_flo(content: bytes) -> Flow:
     """Return the flow of a Middlebury .flo file.
 
     Raises:
-        FormatError: the file is another, or cut short.
+        FormatError: the file has another format, or is cut short.
     """
     if len(content) < 12 or struct.unpack("<f", content[:4])[0] != FLO_TAG:
         raise FormatError("it is not a Middlebury .flo file")
@@ -266,7 +266,7 @@ def from_pfm(content: bytes) -> Flow:
     is recognised by its width and height on lines of their own.
 
     Raises:
-        FormatError: the file is another, or cut short.
+        FormatError: the file has another format, or is cut short.
     """
     header = _PFM_HEADER.match(content)
     scale = float(header[4]) if header else 0.0
@@ -310,14 +310,14 @@ READABLE = {format.suffix: format.decode for format in FORMATS.values() if forma
 
 
 def read_flow(path: str | os.PathLike[str]) -> Flow:
-    """Read a flow from a file: .flo, .flo5, .h5, .npy, .npz, .pfm, or .png as KITTI has them.
+    """Read a flow from a file: .flo, .flo5, .h5, .npy, .npz, .pfm, or KITTI's .png.
 
     Returns:
         float32 `[height, width, 2]`, u to the right and v down, in pixels; NaN where the file
         marks the flow as unknown.
 
     Raises:
-        FormatError: the suffix is another, or the file is damaged or not what its suffix says.
+        FormatError: the suffix is unknown, or the file is damaged or does not match its suffix.
         OSError: the file cannot be read.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""Input images: anything a user has, as a file for a gateway or as pixels for Triton."""
+"""Input images from many kinds of sources, as files for a gateway or as pixels for Triton."""
 
 import contextlib
 import io
@@ -28,9 +28,9 @@ Source = (
 )
 
 _SENT_UNCHANGED = ("PNG", "JPEG", "WEBP")
-_PNG_BIT_DEPTH = 24  # offset of the byte that holds it
+_PNG_BIT_DEPTH = 24  # offset in bytes
 _FULL_RANGE_FORMATS = ("PNG", "PPM", "JPEG2000", "TIFF", None)
-"""Formats, by Pillow's names, whose unsigned 16-bit values use the whole range; None: no file."""
+"""Formats (Pillow's names) whose 16-bit values use the whole range; None: not from a file."""
 _TIFF_BITS_PER_SAMPLE = 258
 
 
@@ -120,7 +120,7 @@ class Frame:
         """
         with self._lock, self._reading():
             if self._sent is None:
-                # Not compressed: the flow that comes back is larger than both images.
+                # Not compressed: the flow in the response is larger than both images anyway.
                 self._sent = self._unchanged() or png.encode(self.pixels(), compressed=False)
             return self._sent
 
@@ -147,7 +147,7 @@ class Frame:
 
     def _open(self) -> Image.Image:
         image = Image.open(io.BytesIO(self._read()))
-        # Further frames of cameras' MPO files are previews, those of PSD files layers.
+        # Additional frames are previews in cameras' MPO files, and layers in PSD files.
         if image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False):
             raise ImageError(f"{self._name} has several frames: give each as an image of its own")
         return image
@@ -160,7 +160,7 @@ class Frame:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turn all that Pillow, NumPy and file systems raise into ImageError."""
+        """Convert every error of Pillow, NumPy and file systems to ImageError."""
         try:
             yield
         except ImageError:
@@ -197,14 +197,14 @@ def _to_8_bits(image: Image.Image, name: str) -> Pixels:
     values = np.asarray(image)
     if image.mode == "F":
         low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 1):  # NaN fails both
+        if not (low >= 0 and high <= 1):  # also rejects NaN
             raise ImageError(f"{name} has floats from {low:g} to {high:g}: scale them to 0 to 1")
         limit = 1
     elif image.mode.startswith("I;16") and image.format in _FULL_RANGE_FORMATS:
         tags: Any = getattr(image, "tag_v2", {})
         (bits,) = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))
         limit = 2**bits - 1
-    elif image.mode == "I" and image.format == "PPM":  # which Pillow scales to 16 bits
+    elif image.mode == "I" and image.format == "PPM":  # Pillow scales it to 16 bits
         limit = 2**16 - 1
     else:
         raise ImageError(

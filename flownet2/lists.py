@@ -4,8 +4,8 @@ A line has fields separated by tabs or, without tabs, by spaces. A field that be
 quotation mark ends at the next one. Nothing else is special in a line: apostrophes, backslashes and
 `#` are parts of names. Empty lines are skipped, and so are lines that begin with `#`, unless that
 is the name of an existing file. The text is UTF-8 or UTF-16; other bytes are taken as the file
-system has them, or as Windows-1252. Relative paths start from the current folder or else from that
-of the list.
+system has them, or as Windows-1252. Relative paths are resolved from the current folder or else
+from the list's folder.
 """
 
 import codecs
@@ -146,7 +146,7 @@ def _text(path: str) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", errors="replace")
     if b"\0" in content:
-        raise ListError(f"{path} is not a text: give a list, a video or images")
+        raise ListError(f"{path} is not a text file: give a list, a video or images")
     return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
 
 
@@ -167,11 +167,11 @@ def _unquoted(field: str) -> str:
 
 
 class _Resolved:
-    """The file that a path in a list means.
+    """The file that a path in a list refers to.
 
     Attributes:
         path: the path to open.
-        exists: whether there is such a file; assumed of URLs.
+        exists: whether the file exists; assumed for URLs.
         from_windows: whether backslashes were taken as separators to find it.
     """
 
@@ -196,7 +196,7 @@ class _Resolved:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Yield a name as it is, then with Windows' separators and in Windows' encoding replaced."""
+    """Yield a name unchanged, then with Windows' separators and Windows' encoding converted."""
     yield name
     if "\\" in name:
         yield name.replace("\\", "/")

@@ -2,7 +2,8 @@
 
 The manifest records options, network and fingerprints of the sources. The index has a line for each
 complete file and is written after the file. A run that is started again compares the manifest and
-computes what the index lacks. Both files are checked when read, as anything may have written them.
+computes what the index lacks. Both files are checked when read, because other programs may have
+changed them.
 """
 
 import csv
@@ -33,7 +34,8 @@ class ManifestError(Error):
 def update_manifest(folder: str, facts: Mapping[str, Any], sources: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, or check that the existing one agrees.
 
-    Several processes may do this at once for parts of the same sources: they write the same.
+    Several processes may do this at once for shards of the same sources: they write the same
+    content.
 
     Args:
         folder: the output folder.
@@ -69,7 +71,7 @@ def update_manifest(folder: str, facts: Mapping[str, Any], sources: Mapping[str,
 
 
 def remove_manifest(folder: str) -> None:
-    """Remove the manifest so that the next run may differ; ManifestError if it is not ours."""
+    """Remove the manifest so that the next run may differ; raise as `read_manifest` does."""
     read_manifest(folder)
     storage.remove(storage.join(folder, MANIFEST))
 
@@ -78,7 +80,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
     """Return the manifest of a folder; {} if there is none.
 
     Raises:
-        ManifestError: the file is something else.
+        ManifestError: another program wrote the file.
     """
     path = storage.join(folder, MANIFEST)
     try:
@@ -139,7 +141,7 @@ class Index:
         """Read the index, if there is one.
 
         Raises:
-            ManifestError: the file is something else, or names files outside of the folder.
+            ManifestError: another program wrote the file, or it names files outside the folder.
         """
         self._folder = folder
         self._path = storage.join(folder, INDEX)
@@ -207,7 +209,7 @@ class Index:
         self.note(Row(number, *names, *times, file, len(content), f"{zlib.crc32(content):08x}"))
 
     def note(self, row: Row) -> None:
-        """Write the line of a file that exists."""
+        """Add the line of a file that exists."""
         self._rows[row.file] = row
         if storage.is_url(self._path):
             self._behind = True

@@ -24,7 +24,7 @@ def end_point_error(flow: Flow, truth: Flow) -> npt.NDArray[np.float64]:
 
 
 def fl(flow: Flow, truth: Flow) -> Mask:
-    """Return where KITTI counts the flow as wrong, bool `[H, W]`.
+    """Return the mask of pixels whose flow KITTI counts as wrong, bool `[H, W]`.
 
     A vector is wrong if it is off by more than 3 pixels and by more than 5 % of the true vector's
     length (Menze and Geiger, CVPR 2015). The mean over all pixels with ground truth is Fl-all.
@@ -74,7 +74,7 @@ def warp(image: npt.NDArray[np.generic], flow: Flow) -> npt.NDArray[np.float32]:
 
 
 def occluded(forward: Flow, backward: Flow) -> Mask:
-    """Return which pixels of the first image the second does not show, bool [H, W].
+    """Return the occlusion mask: pixels of the first image hidden in the second, bool [H, W].
 
     These are the pixels that leave the image, and those at which the forward and the backward flow
     are inconsistent: |f(x) + b(x + f(x))|^2 > 0.01 (|f(x)|^2 + |b(x + f(x))|^2) + 0.5
@@ -93,7 +93,7 @@ def _square(vectors: npt.NDArray[np.complex64]) -> npt.NDArray[np.float32]:
 
 
 def _sample(image: npt.NDArray[Value], flow: Flow) -> tuple[Mask, npt.NDArray[Value]]:
-    """Sample an image at x + flow(x): where that is inside, [H, W], and the bilinear values."""
+    """Sample an image at x + flow(x); return the mask of points inside, [H, W], and the values."""
     height, width = flow.shape[:2]
     x = np.arange(width, dtype=np.float32) + flow[..., 0]
     y = np.arange(height, dtype=np.float32)[:, None] + flow[..., 1]

@@ -55,7 +55,8 @@ class Pair:
     """Two frames.
 
     Attributes:
-        number: number of the pair's files: that of the first frame, or of the line in a list.
+        number: number in the names of the pair's files: of the first frame, or of the line in a
+            list.
         stem: name of the first image, or of the video, without its suffix.
         first: the first frame.
         second: the second frame.
@@ -102,7 +103,7 @@ class Selection:
     deinterlace: bool = False
 
     def frame_range(self, path: str) -> slice:
-        """Return the frames as a slice; raise SourceError if times are needed for that."""
+        """Return the frames as a slice; raise SourceError if the selection uses times."""
         if self.start.seconds or (self.end is not None and self.end.seconds) or self.fps:
             raise SourceError(
                 f"{path} has no times: give --start and --end as numbers of frames, without --fps"
@@ -217,7 +218,7 @@ class Frames:
         return sum(1 for _ in self.pairs(selection, lambda _: None))
 
     def pairs(self, selection: Selection, warn: Warn) -> Iterator[Pair]:
-        """Yield the pairs, those within each scene alone if the names are a dataset's."""
+        """Yield the pairs; with a dataset's names, only pairs within a scene."""
         chosen = self.files[selection.frame_range(self.path)]
         offset = int(selection.start.value)
         scenes = [_scene(file) for file in self.files]
@@ -310,7 +311,7 @@ def _within(
 def _resampled(
     frames: Iterable[tuple[int, float, video.VideoFrame]], fps: float
 ) -> Iterator[tuple[int, float, video.VideoFrame]]:
-    """Yield, for each tick of a clock, the frame that is shown then, with the tick's number."""
+    """Yield, for each tick of a clock, the tick's number and the frame shown at that time."""
     tick, origin, broken = 0, 0.0, False
     previous: video.VideoFrame | None = None
 
@@ -326,7 +327,7 @@ def _resampled(
             origin = shown
         elif previous.time < shown <= previous.time + _LONGEST_GAP_SECONDS:
             yield from shown_until(shown)
-        else:  # a joint of recordings
+        else:  # a cut between two recordings
             yield from shown_until(previous.time + 1 / fps)
             origin = shown - tick / fps
         previous = frame
@@ -373,7 +374,7 @@ def _scene(file: str) -> str | None:
 
 
 def _warn_of_gaps(path: str, files: tuple[str, ...], warn: Warn) -> None:
-    """Name the places at which the numbers of a sequence skip some."""
+    """Warn of gaps in the frame numbers of a sequence."""
     numbers = []
     for file in files:
         match = re.fullmatch(r"(.*?)(\d+)(\D*)", PurePath(_base(file)).stem)

@@ -35,16 +35,16 @@ class Progress(Protocol):
     """Receives the progress of a run."""
 
     shown: bool
-    """Whether the number of pairs is worth computing."""
+    """Whether the number of pairs is shown, and therefore worth computing."""
 
     def begin(self, name: str) -> None:
-        """Show the name of the source that is being written."""
+        """Show the name of the source whose results are being written."""
 
     def expect(self, pairs: int) -> None:
         """Set the expected number of pairs of all sources."""
 
     def advance(self) -> None:
-        """Count a pair that is written or was there already."""
+        """Count a pair that is written or already existed."""
 
     def warn(self, message: str) -> None:
         """Print a line."""
@@ -69,7 +69,7 @@ class Totals:
     Attributes:
         sources: number of sources of this shard.
         computed: number of pairs computed.
-        found: number of pairs that were there already.
+        found: number of pairs whose files existed already.
         skipped: source, frames and reason of each error that was skipped.
     """
 
@@ -132,7 +132,7 @@ class _Target:
     video: bool
     scale: _Scale
     missing: int = 0
-    """Pairs that were not there when the run began."""
+    """Pairs whose files did not exist when the run began."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Runner:
                 await asyncio.to_thread(target.index.flush)
 
     async def _count(self) -> None:
-        """Tell the progress how many pairs there are, if all headers say."""
+        """Report the number of pairs of all sources, if every header gives it."""
 
         def count() -> int | None:
             pairs = 0
@@ -388,7 +388,7 @@ class _Runner:
             with storage.written_aside(path) as part:
                 writers.write_video(part, files)
                 target.index.note(Row(None, "", "", None, None, VIDEO, *checksum(part)))
-        for row in temporary:  # also those of a run that was killed in this place
+        for row in temporary:  # also files of a run that was killed at this point
             target.index.drop(row.file)
         if temporary:
             storage.remove(storage.join(target.folder, PICTURES))

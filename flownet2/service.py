@@ -22,7 +22,7 @@ WAIT_SECONDS = 30.0
 
 
 class NoServer(Error):
-    """No server answers, and none can be started."""
+    """Raised when no server answers and none can be started."""
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def server(named: str | None, say: Callable[[str], None]) -> Iterator[str]:
     Args:
         named: URLs, separated by commas. Default: `FLOWNET2_URL`, else the default server, else a
             server that is started here.
-        say: gets a line when there is something to wait for.
+        say: receives a line before each wait.
 
     Raises:
         NoServer: nothing answers.
@@ -92,7 +92,7 @@ def _started(say: Callable[[str], None]) -> Iterator[str]:
             env={**os.environ, "HOST": "127.0.0.1", **ports},
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the command, which then ends the server
+            start_new_session=True,  # Ctrl-C stops the command, which then stops the server
         )
         try:
             deadline = time.monotonic() + START_SECONDS

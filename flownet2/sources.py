@@ -61,7 +61,7 @@ def find(
 def shard(sources: Mapping[str, Source], index: int, count: int) -> dict[str, Source]:
     """Return the sources of one of `count` machines.
 
-    The name alone decides, so that machines that list files in other orders agree.
+    The shard depends on the name only, so machines that list files in another order agree.
     """
     return {
         name: source
@@ -72,7 +72,7 @@ def shard(sources: Mapping[str, Source], index: int, count: int) -> dict[str, So
 
 
 def natural(path: str) -> list[tuple[str, int, str]]:
-    """Return a sort key with which frame2 comes before frame10."""
+    """Return a sort key that puts frame2 before frame10."""
     return [(text, int(digits or -1), digits) for text, digits in re.findall(r"(\D*)(\d*)", path)]
 
 
@@ -215,15 +215,16 @@ def _holds_results(folder: str) -> bool:
 def _named(sources: list[Source]) -> dict[str, Source]:
     """Name sources by their paths, as far as needed to tell them apart.
 
-    The order of preference: the path below its root without suffix, with suffix, the path below
-    the folder that all sources share without suffix, with suffix.
+    In order of preference, a name is the path below the source's root without suffix, the same with
+    suffix, the path below the folder that all sources share without suffix, or the same with
+    suffix.
     """
     paths = [_absolute(source.path) for source in sources]
     shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     candidates = []
     for source, path in zip(sources, paths, strict=True):
         below = os.path.relpath(path, _absolute(source.root))
-        if below == ".":  # frames in the folder that was named
+        if below == ".":  # frames directly in the given folder
             below = os.path.basename(path) or "frames"
         if source.path == video.PIPE:
             below = "stdin"
@@ -245,7 +246,8 @@ def _named(sources: list[Source]) -> dict[str, Source]:
             raise SourceError(
                 f"{source.path} is given twice"
                 if source.path == named[name].path
-                else f"{named[name].path} and {source.path} have one name: give one of them alone"
+                else f"{named[name].path} and {source.path} have the same name: process them "
+                "separately"
             )
         named[name] = source
     return dict(sorted(named.items(), key=lambda item: natural(item[0])))

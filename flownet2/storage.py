@@ -1,4 +1,4 @@
-"""Files and folders of this machine, or of remote storage by URL (s3://…, gs://…, http://…).
+"""Files and folders on this machine, or on remote storage by URL (s3://…, gs://…, http://…).
 
 Paths are strings. A path without a scheme is a local one; URLs go through fsspec. A path always
 means the file of that name: only `matching` expands patterns.
@@ -196,7 +196,7 @@ def matching(pattern: str) -> list[str]:
 def _literal_part(path: str, exists: Any) -> str:
     """Return the leading folders of a path, with the last slash, that exist by that name."""
     ends = [match.end() for match in re.finditer("/+", path)]
-    # Only names that look like patterns need a look at the storage.
+    # The storage is queried only for names that look like patterns.
     for end in ends:
         if is_pattern(path[:end]) and not exists(path[:end].rstrip("/") or "/"):
             return path[: max((before for before in ends if before < end), default=0)]
@@ -213,7 +213,7 @@ def _as_glob(pattern: str) -> str:
 
 
 def _numbers(pattern: str) -> re.Pattern[str] | None:
-    """Return what a path with `%05d` matches; None for a pattern without numbers."""
+    """Return the paths that a pattern with `%05d` matches; None for a pattern without numbers."""
     if not _NUMBER.search(pattern):
         return None
     text, place = "", 0

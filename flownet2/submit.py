@@ -33,7 +33,7 @@ from flownet2.images import Frame
 from flownet2.models import Model
 
 KITTI_LIMITS = (-KITTI_ZERO / KITTI_SCALE, (2**16 - 1 - KITTI_ZERO) / KITTI_SCALE)
-"""Least and largest component that KITTI's PNG holds, in pixels."""
+"""Smallest and largest component that KITTI's PNG can hold, in pixels."""
 
 
 class SubmitError(Error):
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Submission:
-    """What a benchmark wants: the pairs of all parts, and how many these are in its test split."""
+    """A benchmark's submission: its parts, and the number of pairs in its test split."""
 
     title: str
     parts: tuple[Part, ...]
@@ -204,7 +204,7 @@ async def compute(
 
 
 def _resume(folder: Path, pairs: list[Pair], model: Model) -> None:
-    """Note what a folder of finished flows is of, or check that it is of the same."""
+    """Record the frames and model of a folder of finished flows, or check that they match."""
     path = folder / "submission.json"
     facts = json.loads(json.dumps([asdict(model), [str(pair.first) for pair in pairs]]))
     try:

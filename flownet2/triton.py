@@ -1,4 +1,4 @@
-"""Talking to Triton: gRPC channel options, health-check inference, failures, reports of engines."""
+"""Communication with Triton: gRPC channel options, health check, failures, engine reports."""
 
 import re
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def _varint(number: int) -> bytes:
 
 
 def failure(code: str, message: str) -> Failure:
-    """Return what a failed inference means, by its gRPC status and message.
+    """Classify a failed inference by its gRPC status and message.
 
     Triton returns UNAVAILABLE when its queue is full and when a request waited too long, and gRPC
     returns it when there is no connection; only the message tells them apart.
@@ -113,7 +113,7 @@ def failure(code: str, message: str) -> Failure:
     if "Optimization Profile" in message or "specifies invalid shape" in message:
         return "image-too-large"
     connection_lost = code == "CANCELLED" or (code == "UNKNOWN" and "Stream removed" in message)
-    # The Python backend's process has died, or there is no room in /dev/shm for its tensors.
+    # The Python backend's process has crashed, or /dev/shm is full.
     backend_lost = "Stub process" in message or "shared memory pool" in message
     if unavailable or connection_lost or backend_lost:
         return "unavailable"

@@ -32,7 +32,7 @@ _OPEN_SECONDS, _READ_SECONDS = 10.0, 30.0
 _LONGEST_LOSS_SECONDS = 10.0
 """A longer gap between two frames is a cut between recordings, not a loss."""
 _DELAYED_FRAMES = 64
-"""A decoder returns a frame at most so many packets late (reordering and threads)."""
+"""Largest delay of a decoder, in packets, by reordering and threads."""
 
 
 _converters = threading.local()
@@ -158,9 +158,9 @@ class _Reading:
 
     Losses show in errors of the decoder, in frames that FFmpeg marks as corrupt, and in the length
     of the file. A gap in the timestamps is a loss near a corrupt packet, and in transport streams
-    of constant frame rate. A corrupt packet alone is none: joined transport streams have one at
-    each joint. After a loss, frames are used from the next key frame on: those before it are
-    predicted from what is lost.
+    of constant frame rate. A corrupt packet alone is not a loss: joined transport streams have such
+    a packet at each joint. After a loss, frames are used from the next key frame on: those before
+    it are predicted from what is lost.
     """
 
     def __init__(self, container: Any, stream: Any, live: bool) -> None:
@@ -277,10 +277,10 @@ class _Reading:
 
 
 def _promised_end(container: Any, stream: Any) -> float:
-    """Return the earliest time, in seconds, at which the whole video can end."""
+    """Return the earliest time, in seconds, at which a complete video can end."""
     start = float((stream.start_time or 0) * stream.time_base)
     frame = 1 / float(stream.average_rate or 25)
-    if container.format.name == "avi":  # its duration is that of the data that is there
+    if container.format.name == "avi":  # its duration is computed from the existing data
         return start + (int(stream.frames) - 1.5) * frame
     if stream.duration:
         return start + float(stream.duration * stream.time_base) - 1.5 * frame
@@ -334,13 +334,13 @@ class _Deinterlaced:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[tuple[Any, Any]]:
-    """Open a video and choose its stream: FFmpeg's best one, cover pictures aside."""
+    """Open a video and choose its stream: FFmpeg's best one that is not a cover picture."""
     with contextlib.ExitStack() as stack:
         try:
             container = stack.enter_context(_opened(path, stack))
         except storage.NotFound:
             raise
-        except (OSError, ValueError) as error:  # every error of FFmpeg is one of them
+        except (OSError, ValueError) as error:  # includes every error of FFmpeg
             reason = getattr(error, "strerror", None) or error
             raise VideoError(f"{path} cannot be read as a video: {reason}") from error
         stream = container.streams.best("video")

@@ -1,4 +1,4 @@
-"""Pictures of a flow for people: colours with their legend, arrows, warped frames, error maps."""
+"""Visualisations of flow: colours with their legend, arrows, warped frames, error maps."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -27,7 +27,7 @@ FRAMES_PER_SECOND = 25
 STRETCH = 8
 """Number of pairs whose motion determines a video's scale."""
 
-# Ends of the names of a pair's files, by format. A video is of all pairs.
+# Endings of the names of a pair's files, by format. A video covers all pairs of a source.
 _ENDS: dict[str, tuple[str, ...]] = {name: (format.suffix,) for name, format in FORMATS.items()}
 _ENDS |= {"jpg": ("_x.jpg", "_y.jpg"), "mp4": ()}
 _SIDES = {"forward": ("",), "backward": ("_backward",), "both": ("", "_backward")}
@@ -53,11 +53,11 @@ class Options:
     Attributes:
         formats: some of `FORMAT_NAMES`.
         direction: "forward", "backward" or "both".
-        occlusion: whether occlusion masks are written.
+        occlusion: whether to write occlusion masks.
         bound: flow in pixels at the ends of the range of jpg.
         max_flow: length of the strongest colours in pixels. None: the longest vector of each
             picture; for videos, that of the first pairs.
-        side_by_side: whether videos show the first frame beside the flow.
+        side_by_side: whether to show the first frame beside the flow in videos.
         pattern: name of a pair's files without suffix; see `check_pattern`.
     """
 
@@ -100,7 +100,7 @@ class Options:
 
     @property
     def numbered(self) -> bool:
-        """Whether the names of two pairs of a video always differ."""
+        """True if the names of two pairs of a video always differ."""
         return _filled(self.pattern, number=0) != _filled(self.pattern, number=1)
 
     def _names(self, pair: Pair, side: str, format: str) -> list[str]:

@@ -24,7 +24,7 @@ def convert(
         float | None,
         typer.Option(
             min=0.1,
-            help="Motion of the strongest colours, in pixels. Default: the longest of all flows.",
+            help="Motion in the strongest colours, in pixels. Default: the longest of all flows.",
         ),
     ] = None,
 ) -> None:

@@ -89,25 +89,26 @@ def run(
     ] = None,
     bound: Annotated[
         float,
-        typer.Option(min=0.1, metavar="PIXELS", help="Flow at the ends of the range of jpg."),
+        typer.Option(min=0.1, metavar="PIXELS", help="Flow in pixels at the ends of jpg's range."),
     ] = 20.0,
     max_flow: Annotated[
         float | None,
         typer.Option(
-            min=0.1, metavar="PIXELS", help="Flow of the strongest colours of png and mp4."
+            min=0.1, metavar="PIXELS", help="Motion in the strongest colours of png and mp4."
         ),
     ] = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Show the frames beside the flow in mp4.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Requests at a time. Default: 8 per server.")
+        int | None,
+        typer.Option(min=1, help="Number of concurrent requests. Default: 8 per server."),
     ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Process the I-th of N parts of the sources, from 0. Names decide the part.",
+            help="Process part I of N, from 0. The name of a source decides its part.",
         ),
     ] = None,
     on_error: Annotated[

@@ -51,7 +51,7 @@ class Bar:
         self.shown = not progress.disable
 
     def begin(self, name: str, pairs: int | None = None) -> None:
-        """Show the name of what is processed and, if given, set the expected number of pairs."""
+        """Show the name of the current source and, if given, set the expected number of pairs."""
         self._progress.update(self._task, description=name)
         if pairs is not None:
             self.expect(pairs)

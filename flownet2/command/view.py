@@ -28,12 +28,12 @@ def view(
         Literal["colours", "arrows", "warp"],
         typer.Option(
             "--as",
-            help="Colours with their wheel, arrows, or the second frame warped onto the first.",
+            help="Colours with their legend, arrows, or the second frame warped onto the first.",
         ),
     ] = "colours",
     image: Annotated[
         Path | None,
-        typer.Option(help="The first frame, for arrows and --overlay, or the second, for warp."),
+        typer.Option(help="The first frame (arrows, --overlay) or the second frame (warp)."),
     ] = None,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Draw the colours over the first frame (--image).")
@@ -47,12 +47,14 @@ def view(
     ] = None,
     max_flow: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Motion of the strongest colours, in pixels; else the longest."),
+        typer.Option(
+            min=0.1, help="Motion in the strongest colours, in pixels. Default: the longest."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="A PNG to write; else a window, if there is a display."
+            "--output", "-o", help="PNG file to write. Default: a window, if there is a display."
         ),
     ] = None,
 ) -> None:

@@ -151,7 +151,7 @@ def test_convert_a_pattern_to_a_video_and_to_another_format(tmp_path: Path) -> N
     succeed("convert", tmp_path / "scenes/*/1.flo", tmp_path / "pictures", format="png")
     assert (tmp_path / "pictures/b/1.png").exists()
     write_flow(tmp_path / "3.flo", constant(1, 1)[1:])
-    assert "3.flo has not the size" in fail("convert", tmp_path / "*.flo", tmp_path / "b.mp4")
+    assert "3.flo differs in size" in fail("convert", tmp_path / "*.flo", tmp_path / "b.mp4")
     assert not list(tmp_path.glob("*b.mp4*"))
 
 
