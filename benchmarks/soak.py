@@ -1,10 +1,10 @@
-"""`make soak`: many clients against two Tritons, while whatever can die or fill up does.
+"""`make soak`: chaos test with many clients against two Tritons.
 
-Every request must end in a right flow, or in a 503 with Retry-After; while no gateway runs, in no
-connection. In the end both Tritons must serve, by themselves. Prints what happened when, how many
-requests ended how, and memory before and after.
+Meanwhile processes are killed and /dev/shm fills up. Every request must return the correct flow, or
+a 503 with Retry-After; while no gateway runs, it may find no connection. At the end both Tritons
+must have recovered. Prints the events, the outcomes of the requests, and memory before and after.
 
-``/dev/shm`` is filled up only where it is small: `make soak` mounts one of its own.
+``/dev/shm`` is filled only if it is small: `make soak` mounts one of its own.
 """
 
 import argparse
@@ -41,15 +41,15 @@ PAIRS = 4
 SIZE = (640, 480)
 BEGIN = time.monotonic()
 TOLERANCE_PX = 1e-3
-"""Mean distance of a right flow from the one of a quiet server."""
+"""Largest mean difference of a correct flow from that of an idle server."""
 SMALL_BYTES = 2**30
 RECOVERY_SECONDS = 60.0
 
-RIGHT, REFUSED, AWAY = "right flow", "503 with Retry-After", "no connection, no gateway running"
+RIGHT, REFUSED, AWAY = "correct flow", "503 with Retry-After", "no connection, no gateway running"
 
 
 class Server:
-    """A supervised server, and its process at the moment."""
+    """A supervised server and its current process."""
 
     def __init__(self, name: str, start: Start, fault: Fault) -> None:
         self.name = name
@@ -67,14 +67,14 @@ class Server:
         self.child = None
 
     async def pid(self) -> int:
-        """Its process id, when it has one."""
+        """Wait for a process and return its id."""
         while not self.child:
             await asyncio.sleep(0.1)
         return self.child.pid
 
 
 def main() -> int:
-    """Run the drill; 1 when a request ended otherwise, or a Triton does not serve in the end."""
+    """Run the test; return 1 if a request ended otherwise, or a Triton did not recover."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--clients", type=int, default=64)
@@ -95,8 +95,8 @@ def main() -> int:
         return start
 
     tritons = [
-        Server(f"Triton {index}", start_triton(one), HealthCheck(one.host, one.http_port).fault)
-        for index, one in enumerate(addresses, 1)
+        Server(f"Triton {index}", start_triton(at), HealthCheck(at.host, at.http_port).fault)
+        for index, at in enumerate(addresses, 1)
     ]
     service = Server(
         "gateway",
@@ -124,16 +124,18 @@ def main() -> int:
 
 
 def say(line: str) -> None:
-    """Print what happens, and when."""
+    """Print an event with its time."""
     print(f"{time.monotonic() - BEGIN:6.1f} s  {line}", flush=True)
 
 
 async def soak(
     url: str, clients: int, seconds: float, tritons: list[Server], service: Server
 ) -> Counter[str]:
-    """Load the service through the drill; how many requests ended how."""
+    """Load the service during the drill, and count the outcomes of the requests."""
     pairs = [request(seed) for seed in range(PAIRS)]
-    limits = httpx2.Limits(max_keepalive_connections=0)  # one may be closed when it is used again
+    limits = httpx2.Limits(
+        max_keepalive_connections=0
+    )  # the gateway restarts and closes idle connections
     async with httpx2.AsyncClient(base_url=url, timeout=150, limits=limits) as client:
         expected = [read_flow(await post(client, pair)) for pair in pairs]
         outcomes: Counter[str] = Counter()
@@ -161,7 +163,7 @@ async def soak(
 
 
 async def drill(step: float, tritons: list[Server], service: Server) -> None:
-    """Kill, stop, restart and fill up, one after the other in nine steps."""
+    """Kill, stop and restart processes and fill /dev/shm, in nine steps."""
     first, second = tritons
     await asyncio.sleep(step)
     say(f"SIGKILL to {first.name}")
@@ -182,9 +184,9 @@ async def drill(step: float, tritons: list[Server], service: Server) -> None:
     os.kill(await service.pid(), signal.SIGTERM)
     await asyncio.sleep(step)
     if shutil.disk_usage(FOLDER).total > SMALL_BYTES:
-        say(f"{FOLDER} stays as it is: it is not the drill's own")
+        say(f"{FOLDER} is not filled: it is too large to be a test's own")
         return
-    say(f"{FOLDER} full but for a MiB")
+    say(f"{FOLDER} is full except for 1 MiB")
     ballast = FOLDER / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(2**20)):
@@ -192,13 +194,13 @@ async def drill(step: float, tritons: list[Server], service: Server) -> None:
     os.truncate(ballast, max(0, ballast.stat().st_size - 2**20))
     await asyncio.sleep(step)
     ballast.unlink()
-    say(f"{FOLDER} as before")
+    say(f"{FOLDER} has room again")
 
 
 async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
-    """What is wrong with the Tritons, or with the gateway's view of them, after a while."""
+    """Wait until both Tritons serve and the gateway uses them, and return what is still wrong."""
     end = time.monotonic() + RECOVERY_SECONDS
-    faults = ["not asked"]
+    faults = ["not checked"]
     async with httpx2.AsyncClient(base_url=url) as client:
         while faults and time.monotonic() < end:
             await asyncio.sleep(0.5)
@@ -219,7 +221,7 @@ async def wait_for_both(url: str, addresses: list[triton.Address]) -> list[str]:
 
 
 def outcome(response: httpx2.Response, expected: npt.NDArray[np.float32]) -> str:
-    """How a request ended."""
+    """Return the outcome of a request."""
     if response.status_code == httpx2.codes.OK:
         distance = np.linalg.norm(read_flow(response) - expected, axis=2).mean()
         return RIGHT if distance <= TOLERANCE_PX else "a wrong flow"
@@ -232,37 +234,37 @@ def outcome(response: httpx2.Response, expected: npt.NDArray[np.float32]) -> str
 
 
 async def post(client: httpx2.AsyncClient, pair: dict[str, bytes]) -> httpx2.Response:
-    """Ask for the flow of a pair."""
+    """Request the flow of a pair."""
     headers = {"Accept": "application/x-npy", "X-Request-Timeout": "120"}
     return await client.post("/estimate_flow/", files=pair, headers=headers)
 
 
 def read_flow(response: httpx2.Response) -> npt.NDArray[np.float32]:
-    """The flow in a response, float32 [512, 512, 2]."""
+    """Return the flow in a response, float32 [512, 512, 2]."""
     response.raise_for_status()
     flow: npt.NDArray[np.float32] = np.load(io.BytesIO(response.content), allow_pickle=False)
     return flow
 
 
 def request(seed: int) -> dict[str, bytes]:
-    """The files of a pair: smooth noise, and the same moved by three pixels."""
+    """Return the files of a pair: smooth noise, and the same shifted by three pixels."""
     noise = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8)
     image = Image.fromarray(noise).resize(SIZE, Image.Resampling.BICUBIC)
     moved = image.transform(SIZE, Image.Transform.AFFINE, (1, 0, 3, 0, 1, 0))
     files = {}
-    for name, one in zip(IMAGE_INPUTS, (image, moved), strict=True):
+    for name, frame in zip(IMAGE_INPUTS, (image, moved), strict=True):
         file = io.BytesIO()
-        one.save(file, "PNG")
+        frame.save(file, "PNG")
         files[name] = file.getvalue()
     return files
 
 
 def memory(service: Server) -> tuple[str, str]:
-    """MiB that the gateway holds, and those used in /dev/shm."""
-    while not service.child:  # it answers a little before it is known to be ready
+    """Return the MiB that the gateway holds, and those used in /dev/shm."""
+    while not service.child:  # it may answer before it counts as ready
         time.sleep(0.1)
     parent = psutil.Process(service.child.pid)
-    resident = sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True)))
+    resident = sum(p.memory_info().rss for p in (parent, *parent.children(recursive=True)))
     return f"{resident / 2**20:.0f}", f"{shutil.disk_usage(FOLDER).used / 2**20:.0f}"
 
 

@@ -1,1 +1,1 @@
-"""Starts the service on one machine: a real tritonserver and the gateway, as child processes."""
+"""Runs the service on one machine: a real tritonserver and the gateway, as child processes."""

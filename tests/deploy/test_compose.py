@@ -50,7 +50,7 @@ def test_compose_takes_each_profile(profile: str) -> None:
     found = composed(profile)
     triton_service, gateway = found[f"triton-{profile}"], found[f"gateway-{profile}"]
     assert not triton_service.get("ports")
-    assert [port_of(one) for one in gateway["ports"]] == [("127.0.0.1", 5003, 5003)]
+    assert [port_of(port) for port in gateway["ports"]] == [("127.0.0.1", 5003, 5003)]
     waits = gateway["depends_on"][f"triton-{profile}"]
     assert waits["condition"] == "service_healthy"
     assert "triton" in triton_service["networks"]["inside"]["aliases"]
@@ -65,8 +65,8 @@ def test_the_contracts_variables_move_the_ports() -> None:
         "TRITON_METRICS_PORT": "9002",
     }
     found = composed("gpu", "monitoring", files=(COMPOSE, PUBLISHED), **moved)
-    assert [port_of(one) for one in found["gateway-gpu"]["ports"]] == [("127.0.0.2", 6003, 5003)]
-    assert sorted(port_of(one) for one in found["triton-gpu"]["ports"]) == [
+    assert [port_of(port) for port in found["gateway-gpu"]["ports"]] == [("127.0.0.2", 6003, 5003)]
+    assert sorted(port_of(port) for port in found["triton-gpu"]["ports"]) == [
         ("127.0.0.2", 9000, 8000),
         ("127.0.0.2", 9001, 8001),
         ("127.0.0.2", 9002, 8002),

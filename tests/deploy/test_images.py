@@ -76,7 +76,7 @@ class Store:
         storage = ["--root", str(folder / "root"), "--runroot", str(folder / "runroot")]
         self.command = ["buildah", *storage]
         self.pip, folders = pip_configuration()
-        self.volumes = [option for one in folders for option in ("--volume", f"{one}:{one}:ro")]
+        self.volumes = [option for path in folders for option in ("--volume", f"{path}:{path}:ro")]
 
     def buildah(self, *arguments: str | Path) -> str:
         done = subprocess.run(
@@ -221,7 +221,7 @@ def pip_configuration() -> tuple[str, list[Path]]:
     folders = {Path(word) for word in words if word.startswith("/")}
     told["retries"] = "1"  # a Dockerfile may name an index that this machine does not reach
     lines = [f"{name} = {value}" for name, value in told.items()]
-    return "\n".join(["[global]", *lines, ""]), sorted(one for one in folders if one.exists())
+    return "\n".join(["[global]", *lines, ""]), sorted(filter(Path.exists, folders))
 
 
 def prepare(pip: str) -> None:

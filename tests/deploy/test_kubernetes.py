@@ -38,7 +38,7 @@ def build(folder: Path) -> Manifests:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     found = list(yaml.safe_load_all(done.stdout))
-    return {(one["kind"], one["metadata"]["name"]): one for one in found}
+    return {(item["kind"], item["metadata"]["name"]): item for item in found}
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def overlay(name: str) -> Manifests:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(FOLDER, folder, dirs_exist_ok=True)) / name
         with (copy / "kustomization.yaml").open("a") as file:
-            file.write(f"components: [{', '.join(f'../{one}' for one in components)}]\n")
+            file.write(f"components: [{', '.join(f'../{name}' for name in components)}]\n")
         return build(copy)
 
 
@@ -61,18 +61,18 @@ def manifests(request: pytest.FixtureRequest) -> Manifests:
 @pytest.fixture
 def distinct() -> list[Any]:
     """The manifests of all overlays, each once."""
-    every = [one for name in OVERLAYS for one in overlay(name).values()]
-    return list({json.dumps(one): one for one in every}.values())
+    every = [item for name in OVERLAYS for item in overlay(name).values()]
+    return list({json.dumps(item): item for item in every}.values())
 
 
 def pods(manifests: Manifests) -> Iterator[tuple[str, dict[str, str], Any]]:
     """Name, labels and specification of every pod that the manifests make."""
-    for (kind, name), one in manifests.items():
+    for (kind, name), item in manifests.items():
         if kind in ("Deployment", "Job"):
-            template = one["spec"]["template"]
+            template = item["spec"]["template"]
             yield name, template["metadata"]["labels"], template["spec"]
         elif kind == "InferenceService":
-            predictor = one["spec"]["predictor"]
+            predictor = item["spec"]["predictor"]
             runtime = manifests["ServingRuntime", predictor["model"]["runtime"]]["spec"]
             yield name, predictor["labels"], predictor | runtime
 
@@ -91,12 +91,12 @@ def test_every_file_belongs_to_a_kustomization() -> None:
 
 @pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
 def test_the_api_takes_every_manifest(distinct: list[Any], version: str) -> None:
-    for one in distinct:
-        if custom(one):
+    for item in distinct:
+        if custom(item):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kubernetes_validate.validate(one, version, strict=True)
+            kubernetes_validate.validate(item, version, strict=True)
 
 
 def custom(manifest: Any) -> bool:
@@ -108,7 +108,7 @@ def custom(manifest: Any) -> bool:
 def strict(schema: Any) -> Any:
     """A schema that allows no field besides those that it names."""
     if isinstance(schema, list):
-        return [strict(one) for one in schema]
+        return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     made = {name: strict(value) for name, value in schema.items()}
@@ -123,22 +123,22 @@ def test_extensions_take_what_is_theirs(distinct: list[Any]) -> None:
     if not definitions:
         pytest.skip("build/crds lacks the CRD files of KEDA's and KServe's releases")
     schemas = {
-        (f"{one['spec']['group']}/{version['name']}", one["spec"]["names"]["kind"]): version
-        for one in definitions
-        for version in one["spec"]["versions"]
+        (f"{item['spec']['group']}/{version['name']}", item["spec"]["names"]["kind"]): version
+        for item in definitions
+        for version in item["spec"]["versions"]
     }
-    for one in distinct:
-        if version := schemas.get((one["apiVersion"], one["kind"])):
+    for item in distinct:
+        if version := schemas.get((item["apiVersion"], item["kind"])):
             schema = strict(version["schema"]["openAPIV3Schema"])
             schema["properties"]["metadata"] = {}
-            jsonschema.Draft202012Validator(schema).validate(one)
+            jsonschema.Draft202012Validator(schema).validate(item)
 
 
 def test_environment_variables_are_the_gateways(manifests: Manifests) -> None:
     for name, _, pod in pods(manifests):
         if name != "gateway":
             continue
-        environment = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+        environment = {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
         assert environment.keys() <= {
             str(field.validation_alias or f"GATEWAY_{setting}".upper())
             for setting, field in Settings.model_fields.items()
@@ -146,14 +146,14 @@ def test_environment_variables_are_the_gateways(manifests: Manifests) -> None:
         service, _, port = environment["TRITON_ENDPOINTS"].partition(":")
         found = manifests["Service", service]["spec"]
         assert found["clusterIP"] == "None", "its name must stand for every pod"
-        assert int(port) in {one["port"] for one in found["ports"]}
+        assert int(port) in {item["port"] for item in found["ports"]}
 
 
 def test_a_pod_has_time_to_stop(manifests: Manifests) -> None:
     for name, labels, pod in pods(manifests):
         container = pod["containers"][0]
         if name == "gateway":
-            environment = {one["name"]: one["value"] for one in container["env"]}
+            environment = {item["name"]: item["value"] for item in container["env"]}
             needed = float(environment["GATEWAY_SHUTDOWN_DELAY_S"])
             probe = container["readinessProbe"]
             assert needed > probe["periodSeconds"] * probe["failureThreshold"]
@@ -168,7 +168,7 @@ def test_a_pod_has_time_to_stop(manifests: Manifests) -> None:
 
 
 def test_names_labels_and_ports_fit(manifests: Manifests) -> None:
-    labels = [one for _, one, _ in pods(manifests)]
+    labels = [found for _, found, _ in pods(manifests)]
     ports = {
         port["name"]
         for _, _, pod in pods(manifests)
@@ -177,10 +177,10 @@ def test_names_labels_and_ports_fit(manifests: Manifests) -> None:
     }
 
     def selects(selector: dict[str, str]) -> bool:
-        return any(selector.items() <= one.items() for one in labels)
+        return any(selector.items() <= found.items() for found in labels)
 
-    for (kind, _), one in manifests.items():
-        spec = one["spec"]
+    for (kind, _), item in manifests.items():
+        spec = item["spec"]
         if kind == "Service":
             assert selects(spec["selector"])
             assert {port["targetPort"] for port in spec["ports"]} <= ports

@@ -34,7 +34,7 @@ def test_no_request_is_lost_when_tritons_come_and_go(
 
     def resolve(*addresses: str) -> None:
         """Let the name stand for these addresses."""
-        fresh.write_text("".join(f"{one} {NAME}\n" for one in addresses))
+        fresh.write_text("".join(f"{address} {NAME}\n" for address in addresses))
         # nss_wrapper reads a file again whose time of change differs in whole seconds.
         os.utime(fresh, (next(changes),) * 2)
         fresh.replace(hosts)
@@ -74,7 +74,7 @@ def test_no_request_is_lost_when_tritons_come_and_go(
 def serving(url: str) -> int:
     """How many Tritons the gateway says serve, of those that it knows."""
     endpoints = httpx2.get(f"{url}/healthz", timeout=30).json()["triton"]
-    return len(endpoints) if all(one["models"] for one in endpoints) else 0
+    return len(endpoints) if all(endpoint["models"] for endpoint in endpoints) else 0
 
 
 async def ask_while(url: str, work: Callable[[], None]) -> Counter[str]:
@@ -85,14 +85,14 @@ async def ask_while(url: str, work: Callable[[], None]) -> Counter[str]:
 
     async def ask(client: httpx2.AsyncClient, seed: int) -> None:
         files = {f"image{i}": encoded(image) for i, image in enumerate(pairs[seed], 1)}
-        one, two = (np.asarray(image, np.float32) for image in pairs[seed])
+        first, second = (np.asarray(image, np.float32) for image in pairs[seed])
         while not done.is_set():
             response = await client.post("/estimate_flow/?size=native", files=files)
             if response.status_code != 200:
                 counted[response.text] += 1
                 continue
             flow = np.load(io.BytesIO(response.content))
-            counted["right" if np.allclose(flow, (two - one)[..., :2] / 8) else "wrong"] += 1
+            counted["right" if np.allclose(flow, (second - first)[..., :2] / 8) else "wrong"] += 1
 
     headers = {"Accept": "application/x-npy"}
     async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60) as client:

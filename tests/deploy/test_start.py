@@ -1,5 +1,6 @@
 """What the image of Triton runs at its start, with a real tritonserver."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,8 +18,10 @@ from export.engine.gpu import EngineError, Gpu
 from export.repository import TEMPLATE
 from launch import container, wheel
 from launch.check import answers_ok
+from launch.child import Child
 from launch.ports import free_ports
 from launch.repository import assemble
+from launch.triton import local_address
 from tests.support.gateway_stack import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +79,11 @@ def test_models_that_are_gone_are_not_served(tmp_path: Path) -> None:
     make_model(shipped, "flownet2")
     make_model(repository, "old")
     assert assemble(repository, [shipped]) == ["flownet2"]
-    assert [one.name for one in repository.iterdir()] == ["flownet2"]
+    assert [path.name for path in repository.iterdir()] == ["flownet2"]
     (repository / "stray").write_text("no folder")
     (repository / "link").symlink_to(shipped)
     assert assemble(repository, [shipped]) == ["flownet2"]
-    assert [one.name for one in repository.iterdir()] == ["flownet2"]
+    assert [path.name for path in repository.iterdir()] == ["flownet2"]
     assert (shipped / "flownet2" / "1" / "model.onnx").is_file()
     # The builder's own links, beside the engine, stay.
     version = repository / "flownet2" / "1"
@@ -145,6 +149,36 @@ def test_an_engine_that_cannot_be_built_is_told_and_not_fatal(
 ) -> None:
     assert not container.build_engine(tmp_path, "flownet2", threading.Event())
     assert "model_fp16.onnx is missing" in capfd.readouterr().err
+
+
+def test_after_a_reload_a_model_without_a_right_engine_is_served_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Triton stands still here; its engines, good for `a` and wrong for `b`, are made up."""
+    for name in ("a", "b"):
+        make_model(tmp_path / "source", name)
+    loaded: list[str] = []
+
+    @contextlib.contextmanager
+    def run(command: object, *_: object) -> Iterator[Child]:
+        child = Child("Triton", ["/bin/sleep", "60"], os.environ, lambda line: None)
+        yield child
+        child.kill()
+
+    stop, changed = threading.Event(), threading.Event()
+    monkeypatch.setattr(container, "run", run)
+    monkeypatch.setattr(container, "options", lambda *_, **options: [])
+    monkeypatch.setattr(container, "report", lambda *_: None)
+    monkeypatch.setattr(container, "engines", lambda address: [])
+    monkeypatch.setattr(container, "build_engine", lambda repository, name, stop: name == "a")
+    monkeypatch.setattr(container, "load", lambda models, *_: (loaded.extend(models), stop.set()))
+    changed.set()
+    sources = [tmp_path / "source"]
+    assert container.serve(
+        tmp_path / "models", sources, local_address(), "tensorrt", None, stop, changed
+    )
+    assert loaded == ["a"]
+    assert "warning: no engine for b: served as before" in capsys.readouterr().out
 
 
 # With tritonserver -----------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_who_has_the_key_may_load_a_model(tmp_path: Path, monkeypatch: pytest.Mo
         headers = {"admin-key": "0123456789abcdef"}
         index = urllib.request.Request(f"{url}/index", b"{}", headers)
         with urllib.request.urlopen(index) as response:
-            assert [one["state"] for one in json.load(response)] == ["READY"]
+            assert [entry["state"] for entry in json.load(response)] == ["READY"]
         load = urllib.request.Request(f"{url}/models/flownet2/load", b"{}", headers)
         urllib.request.urlopen(load).close()
         region = tmp_path.name
@@ -277,7 +277,7 @@ def test_who_has_the_key_may_load_a_model(tmp_path: Path, monkeypatch: pytest.Mo
             urllib.request.urlopen(urllib.request.Request(register, where, headers)).close()
             status = urllib.request.Request(f"{regions}/status", headers=headers)
             with urllib.request.urlopen(status) as response:
-                assert [one["name"] for one in json.load(response)] == [region]
+                assert [entry["name"] for entry in json.load(response)] == [region]
         finally:
             (Path("/dev/shm") / region).unlink()
 
@@ -317,5 +317,5 @@ def test_spans_of_triton_join_the_callers_trace(
             )
             urllib.request.urlopen(request).close()
         # Spans that are still waiting are sent when the server stops.
-        wait_until(lambda: any(trace.encode() in one for one in bodies))
+        wait_until(lambda: any(trace.encode() in body for body in bodies))
         collector.shutdown()

@@ -1,4 +1,4 @@
-"""Runs the command `flownet2`."""
+"""Runs the command `flownet2`, in this process or as one."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from flownet2.command import main
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it said."""
+    """Exit status and output of a command."""
 
     returncode: int
     stdout: str
@@ -19,7 +19,7 @@ class Ended:
 
 
 def command(*arguments: object, server: str = "", **options: object) -> list[str]:
-    """A command line; an option that is True is a flag."""
+    """Return a command line; an option that is True is a flag."""
     line = [sys.executable, "-m", "flownet2", *map(str, arguments)]
     for name, value in (*options.items(), *([("server", server)] if server else ())):
         line += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
@@ -27,7 +27,7 @@ def command(*arguments: object, server: str = "", **options: object) -> list[str
 
 
 def flownet2(*arguments: object, server: str = "", **options: object) -> Ended:
-    """The command in this process, which saves the time of its start."""
+    """Run the command in this process, which saves the time of its start."""
     stdout, stderr = io.StringIO(), io.StringIO()
     line = command(*arguments, server=server, **options)[2:]
     with (
@@ -42,14 +42,14 @@ def flownet2(*arguments: object, server: str = "", **options: object) -> Ended:
 
 
 def succeed(*arguments: object, server: str = "", **options: object) -> str:
-    """Its standard output; on the other it says nothing where nobody watches."""
+    """Return its standard output; stderr must be empty, as it is no terminal."""
     ended = flownet2(*arguments, server=server, **options)
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout
 
 
 def fail(*arguments: object, server: str = "", **options: object) -> str:
-    """The one line that it says."""
+    """Return its error message, which must be a single line."""
     ended = flownet2(*arguments, server=server, **options)
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr.count("\n") == 1, ended.stderr

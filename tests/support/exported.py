@@ -1,4 +1,4 @@
-"""Exported networks with random weights, for the tests of what reads them."""
+"""Exported networks with random weights, for the tests that read their files."""
 
 import functools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from export.networks import NETWORKS, FlowNet2
 ARCHITECTURES: dict[object, str] = {}
 for _network in NETWORKS.values():
     ARCHITECTURES.setdefault((_network.cascade, _network.width, _network.fusion), _network.name)
-# Between them they have every block, alone and after others.
+# Together they have every block, alone and after others.
 USUAL = ("FlowNet2-ss", "FlowNet2-cs", "FlowNet2-SD", "FlowNet2")
 EXPORTS = [
     pytest.param(
@@ -43,7 +43,7 @@ class Exported:
 
 
 def random_weights(name: str) -> FlowNet2:
-    """Weights that give smooth flows of some ten pixels, as trained ones do."""
+    """Return a network whose random weights give smooth flows of some ten pixels."""
     torch.manual_seed(0)
     model = FlowNet2(NETWORKS[name]).eval()
     for module in model.modules():
@@ -65,7 +65,7 @@ def _in_float(name: str) -> tuple[FlowNet2, onnx.ModelProto]:
 
 
 def export(name: str, half: bool, folder: Path) -> Iterator[Exported]:
-    """One of EXPORTS; its file is removed afterwards, all of them together being large."""
+    """Export one of EXPORTS; the file is removed afterwards, since all together are large."""
     model, proto = _in_float(name)
     if half:
         proto = to_half(proto)

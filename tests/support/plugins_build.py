@@ -1,4 +1,4 @@
-"""Builds the plugins once a test session, the way plugins/README.md says, in build/plugins."""
+"""Builds the plugins once a test session, as plugins/README.md describes, in build/plugins."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BUILD = ROOT / "build" / "plugins"
 
 
 def needs(*programs: str) -> None:
-    """Skip the test, saying why, unless all `programs` are on the PATH."""
+    """Skip the test unless all `programs` are on the PATH."""
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
 
 
 def run(*command: str | Path) -> str:
-    """The output of a command that must succeed; a failure shows all that it printed."""
+    """Run a command that must succeed, and return its output."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     output = done.stdout.decode(errors="replace")
     if done.returncode != 0:
@@ -34,10 +34,10 @@ def run(*command: str | Path) -> str:
 
 @functools.cache
 def build() -> Path:
-    """The build folder, with every library that this machine has compilers and headers for.
+    """Build every library that this machine has compilers and headers for; return the folder.
 
-    `ptxas.log` beside them says what the CUDA kernels need of a multiprocessor. TensorRT's headers
-    come with NVIDIA's container or its public repository: TENSORRT_INCLUDE_DIR names their folder.
+    `ptxas.log` beside them has the resources of the CUDA kernels. TENSORRT_INCLUDE_DIR names the
+    folder of TensorRT's headers, which come with NVIDIA's container or its public repository.
     """
     needs("cmake", "c++")
     options = ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v"]
@@ -51,7 +51,7 @@ def build() -> Path:
 
 
 def library(name: str) -> Path:
-    """One of the libraries that were built; skips where this machine lacks what it needs."""
+    """Return one of the libraries; skip the test if this machine cannot build it."""
     file = build() / name
     if not file.exists():
         pytest.skip(f"{name} was not built: `cmake -S plugins -B build/plugins` says why")
@@ -59,7 +59,7 @@ def library(name: str) -> Path:
 
 
 def tensorrt_rtx() -> Path | None:
-    """The library of the package tensorrt-rtx: TensorRT without GPU and plugin layers."""
+    """Return the library of tensorrt-rtx: TensorRT without a GPU and without plugin layers."""
     package = importlib.util.find_spec("tensorrt_rtx_libs")
     if package is None or not package.submodule_search_locations:
         return None

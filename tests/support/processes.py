@@ -1,4 +1,4 @@
-"""Processes that tests look at."""
+"""Process groups, for tests."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import psutil
 
 
 def processes_of_group(group: int) -> dict[str, int]:
-    """Processes, zombies apart, of a process group: name -> process id."""
+    """Return the process ids of a process group by name, without zombies."""
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
