@@ -55,7 +55,7 @@ def main() -> int:
     def say(line: str) -> None:
         try:
             print(line, flush=True)
-        except BrokenPipeError:  # the reader of our output is gone
+        except BrokenPipeError:  # our output is piped to a process that has exited
             stop.set()
         except OSError:  # a full disk
             pass

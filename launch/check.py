@@ -1,7 +1,8 @@
 """`python -m launch.check`: health check of this machine's Triton, by an inference.
 
-Exits with status 0 if every loaded model returns a flow, otherwise with 1 and a message: the probe
-of the containers. Triton's own readiness stays true when the process of its Python backend is dead.
+Exits with status 0 if every loaded model returns a flow, otherwise with 1 and a message. The
+containers use it as their probe, because Triton's own readiness stays true when its Python backend
+has crashed.
 """
 
 import http.client
@@ -19,7 +20,7 @@ from launch.ports import bracketed, host_from_environment, port_from_environment
 
 TIMEOUT_SECONDS = 2.0
 
-# Without the proxy that the environment may name: the servers run on this machine.
+# Ignore the environment's proxies: the servers run on this machine.
 open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
@@ -47,7 +48,7 @@ class HealthCheck:
                 continue
             try:
                 self._infer(name)
-            except TimeoutError:  # queued behind other requests
+            except TimeoutError:  # busy: queued behind other requests
                 continue
             except urllib.error.HTTPError as error:
                 with error:
@@ -72,7 +73,7 @@ class HealthCheck:
                     for name, image in images.items()
                 ],
                 "outputs": [{"name": FLOW_OUTPUT, "parameters": {"binary_data": True}}],
-                "parameters": {"timeout": int(TIMEOUT_SECONDS * 1e6)},  # in the queue, microseconds
+                "parameters": {"timeout": int(TIMEOUT_SECONDS * 1e6)},  # queue limit, microseconds
             }
         ).encode()
         body = b"".join([head, *(image.tobytes() for image in images.values())])
@@ -100,12 +101,12 @@ class HealthCheck:
             with open_directly(request, timeout=TIMEOUT_SECONDS) as response:
                 content: bytes = response.read()
                 return content
-        except http.client.HTTPException as error:  # the connection ended in the middle
+        except http.client.HTTPException as error:  # the connection was closed within the response
             raise OSError(f"no answer from Triton: {error!r}") from error
 
 
 def reason(error: urllib.error.HTTPError) -> str:
-    """Return the message in Triton's error response, whatever its body is."""
+    """Return the message in Triton's error response; the body may have any form."""
     try:
         body = error.read().decode(errors="replace").strip()
     except (OSError, http.client.HTTPException):

@@ -1,4 +1,4 @@
-"""A child process: its output, its wait for readiness, and its end with all of its children."""
+"""A child process: its output, waiting until it is ready, and stopping it with its children."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from launch.errors import LaunchError
 KEPT_LINES = 400
 
 # Error levels of Triton and of the gateway, the last line of a traceback, and a crash in C++; not
-# what Triton prints at every failed start, or on every machine without a GPU.
+# the lines that Triton prints at every failed start, or on every machine without a GPU.
 ERROR = re.compile(
     r'Z E \d+ |^{.*"level":"(error|critical)"|^\w*(Error|Exception): |^terminate called '
 )
@@ -89,7 +89,7 @@ class Child:
         return self._process.poll()
 
     def ended(self) -> str | None:
-        """Return a sentence about its exit status, or None while it runs."""
+        """Return a sentence with the exit status, or None while the command runs."""
         status = self.exit_status()
         return None if status is None else f"{self.name} ended with exit status {status}"
 
@@ -129,12 +129,12 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """Send SIGKILL to all that is left of the process group."""
+        """Send SIGKILL to the remaining processes of the group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        with contextlib.suppress(ChildProcessError):  # raised when none is left
-            while True:  # orphans become children of the first process of a container
+        with contextlib.suppress(ChildProcessError):  # raised when no process is left
+            while True:  # in a container, orphans become children of its first process
                 os.waitpid(-self.pid, 0)
         self._reader.join(timeout=2)
         if self._process.stdout:

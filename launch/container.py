@@ -4,7 +4,7 @@ It fills the served repository with links to the models, and keeps tritonserver 
 fastest configuration that works: TensorRT, whose engines it builds and checks first, then the
 Python backend, which runs ONNX Runtime on a GPU and OpenVINO on the CPU. With `--gateway` it also
 runs the gateway (on PORT). Nothing listens until Triton is ready, so the probes and the gateway's
-`/readyz` fail while an engine is built. SIGUSR1 has it load the models of MODELS again, without a
+`/readyz` fail while an engine is built. On SIGUSR1 it loads the models of MODELS again, without a
 restart.
 """
 
@@ -41,7 +41,7 @@ from launch.triton import (
     run,
 )
 
-# The first is a file of `<model>/configs/`; the others are `config.pbtxt`, with and without a GPU.
+# TENSORRT is a file of `<model>/configs/`; the others use `config.pbtxt`, with and without a GPU.
 TENSORRT, PYTHON, CPU = "tensorrt", "python", "cpu"
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m launch.container [--gateway] REPOSITORY MODELS…", file=sys.stderr)
         return 2
     stop, changed = threading.Event(), threading.Event()
-    # The first process of a container ignores the signals that it does not handle.
+    # As the first process of a container, it gets only the signals that it handles.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGUSR1, lambda *_: changed.set())
@@ -103,7 +103,7 @@ def configurations(repository: Path, models: list[str], stop: threading.Event) -
 def build_engine(repository: Path, name: str, stop: threading.Event) -> bool:
     """Build a model's engine for this GPU unless there is one, and check its flow.
 
-    This runs in a process of its own, which frees TensorRT's memory before Triton starts, and whose
+    The build runs in its own process, so that TensorRT's memory is freed before Triton starts and a
     crash costs only the engine.
 
     Returns:
@@ -140,7 +140,7 @@ def serve(
         changed: when set, the models are loaded again.
 
     Raises:
-        LaunchError: Triton does not start, or one of the two is given up.
+        LaunchError: Triton does not start, or Triton or the gateway is given up.
     """
     key = admin_key()
     environment = dict(os.environ)

@@ -1,7 +1,7 @@
-"""The error that keeps the service from running."""
+"""Error of the launcher."""
 
 from flownet2.errors import Error
 
 
 class LaunchError(Error):
-    """Raised when the service cannot start or go on; the message says what to change."""
+    """Raised when the service cannot start or continue; the message says what to change."""

@@ -1,7 +1,7 @@
 """`python -m launch.gpu`: install the packages that serving on this machine's GPU needs.
 
-The packages go to a folder of their own, which only the model's process sees: they hold a build of
-ONNX Runtime that must not meet the one for the CPU in an environment.
+The packages go to a separate folder that only the model's process uses, because their build of ONNX
+Runtime and the one for the CPU must not be in one environment.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def usable_gpu(say: Echo) -> Gpu | None:
     """Return the GPU to serve on, or None for the CPU.
 
     Args:
-        say: told why a GPU that is there is not used.
+        say: receives a line with the reason if an existing GPU is not used.
 
     Raises:
         LaunchError: DEVICE is neither empty nor `cpu`.

@@ -1,4 +1,4 @@
-"""Addresses and ports that the servers listen on, checked before anything starts."""
+"""Addresses and ports of the servers, checked before anything starts."""
 
 import contextlib
 import errno
@@ -45,12 +45,12 @@ def port_from_environment(variable: str, default: int) -> int:
 
 
 def bracketed(host: str) -> str:
-    """Return the host as it stands in front of a port: IPv6 addresses in brackets."""
+    """Return the host as written in `host:port`: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def reachable(host: str) -> str:
-    """Return an address that reaches a server bound to `host`; wildcards are no destination."""
+    """Return an address that reaches a server bound to `host`, which may be a wildcard."""
     return {"0.0.0.0": LOCALHOST, "::": "::1"}.get(host, host)  # noqa: S104
 
 
@@ -73,7 +73,7 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
             )
         variables[port] = variable
         try:
-            # As the servers do: a port in TIME_WAIT is free, one with a listener is not.
+            # Set by the servers too: a port in TIME_WAIT is free, a port with a listener is not.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             both = host == "::" and socket.has_dualstack_ipv6()
             socket.create_server((host, port), family=family, dualstack_ipv6=both).close()
@@ -93,7 +93,7 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of 127.0.0.1 on which nothing listens now."""
+    """Return ports of 127.0.0.1 on which nothing listens at the moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((LOCALHOST, 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in sockets]

@@ -8,11 +8,11 @@ from pathlib import Path
 def assemble(repository: Path, sources: Iterable[Path]) -> list[str]:
     """Fill `repository` with links to the models of `sources`, and return the models' names.
 
-    Of two models of one name the last is taken. Each configuration gets the parameters of the
-    model's `1/description.pbtxt`, if there is one: network, source of the weights, ….
+    If two models have the same name, the last one is used. Each configuration gets the parameters
+    of the model's `1/description.pbtxt`, if there is one: network, source of the weights, ….
 
     The sources are not changed, and may be read-only. Other files in a model's folder, such as its
-    engines, are kept; folders of models that are in no source any more are removed.
+    engines, are kept; folders of models that no source contains any more are removed.
     """
     models = {
         config.parent.name: config.parent
@@ -28,7 +28,7 @@ def assemble(repository: Path, sources: Iterable[Path]) -> list[str]:
     for name, model in models.items():
         served = repository / name
         for link in served.rglob("*"):
-            # A link of an earlier start, maybe to another source; the link to an engine is kept.
+            # Remove links of an earlier start, maybe to another source; keep the link to an engine.
             if link.is_symlink() and not link.resolve().is_relative_to(repository.resolve()):
                 link.unlink()
         description = model / "1" / "description.pbtxt"

@@ -25,13 +25,13 @@ def region_names() -> Iterator[tuple[str, int]]:
         The prefix, and the locked file's descriptor, for the owner's processes to inherit.
     """
     for lock in FOLDER.glob(f"{PREFIX}*{LOCK}"):
-        with contextlib.suppress(OSError), lock.open("rb") as file:  # another user's, or locked
+        with contextlib.suppress(OSError), lock.open("rb") as file:  # not ours, or locked
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(lock)
     new = FOLDER / f"{PREFIX}{secrets.token_hex(8)}"
     with new.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        lock = new.rename(new.with_suffix(LOCK))  # renamed after locking: nobody removes it before
+        lock = new.rename(new.with_suffix(LOCK))  # locked first, so nobody removes it
         try:
             yield f"{lock.stem}-", file.fileno()
         finally:

@@ -18,8 +18,8 @@ BUILD = Path(__file__).parent.parent / "build"
 def folder() -> Path:
     """Return the folder for log and process id, after creating it.
 
-    LOG_DIR names it. The default is `build/` of the checkout, or if that is read-only, a folder of
-    this user's among the temporary files.
+    LOG_DIR names it. The default is `build/` of the checkout or, if that is read-only, a temporary
+    folder of this user.
 
     Raises:
         LaunchError: LOG_DIR is not writable, or another user owns the temporary folder.
@@ -49,7 +49,7 @@ def _is_writable(path: Path) -> bool:
 def announced(port: int) -> Iterator[None]:
     """Keep this process's id in a locked file while the block runs, for `send_reload`."""
     with (folder() / f"serve-{port}.pid").open("a+") as file:
-        # Not blocking: a process that was started for the same port fails at the port.
+        # Do not wait for the lock: a second process for the same port fails when it binds the port.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
@@ -67,7 +67,8 @@ def send_reload(port: int) -> None:
     file = folder() / f"serve-{port}.pid"
     try:
         with file.open() as opened:
-            # The service holds the lock: a file that can be locked is left from one that has ended.
+            # A running service holds the lock, so a file that can be locked is left from an earlier
+            # one.
             try:
                 fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

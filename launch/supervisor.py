@@ -13,13 +13,13 @@ Start = Callable[[threading.Event], AbstractContextManager[Child]]
 Fault = Callable[[], str | None]
 
 INTERVAL_SECONDS = 2.0
-SILENT_SECONDS = 30.0  # a process that is stopped or deadlocked; a busy one answers sooner
+SILENT_SECONDS = 30.0  # then it is stopped or deadlocked: a busy process answers sooner
 SETTLED_SECONDS = 10.0
 ATTEMPTS = 6
 
 
 class Supervisor:
-    """Runs a server from a thread of its own while its block lasts.
+    """Context manager that keeps a server running, from a separate thread.
 
     A server that exits, fails its health check, or does not answer for :data:`SILENT_SECONDS` is
     restarted: at once, then after 1, 2, 4, ... seconds if it fails within :data:`SETTLED_SECONDS`
@@ -61,7 +61,7 @@ class Supervisor:
 
         Raises:
             LaunchError: the server was given up.
-            Exception: whatever its first start raised.
+            Exception: the exception of the first start.
         """
         if self._error:
             raise self._error
@@ -70,7 +70,7 @@ class Supervisor:
     def _run(self) -> None:
         try:
             self._keep_running()
-        except Exception as error:  # for the caller's thread, or it would wait for ever
+        except Exception as error:  # passed to the caller's thread, which waits for it
             self._error = error
 
     def _keep_running(self) -> None:
@@ -108,7 +108,7 @@ class Supervisor:
                 if fault := self._fault():
                     return fault
                 answered = time.monotonic()
-            except Exception as error:  # OSError, or an answer that the check cannot read
+            except Exception as error:  # OSError, or a response that the check cannot read
                 if time.monotonic() - answered > SILENT_SECONDS:
                     return f"{child.name} has not answered for {SILENT_SECONDS:.0f} s: {error!r}"
             checked = time.monotonic()

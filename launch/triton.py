@@ -1,4 +1,4 @@
-"""Any tritonserver as a child process: arguments, readiness, loading models."""
+"""A tritonserver of any origin as a child process: arguments, readiness, loading models."""
 
 import contextlib
 import http.client
@@ -29,8 +29,8 @@ STOP_SECONDS = 20.0
 RESTRICTED = "shared-memory,model-repository,trace,logging"
 KEY_HEADER = "admin-key"
 
-# Options that Triton 2.73 has and 2.51 does not: clients' shared memory, which the operator may
-# register, and HTTP bodies above 64 MB.
+# Options of Triton 2.73 that 2.51 does not have. They allow clients' shared memory (registered by
+# the operator) and HTTP bodies above 64 MB.
 NEWER_OPTIONS = {"allow-client-shm": "true", "http-max-input-size": str(2**30)}
 
 
@@ -74,7 +74,7 @@ class Address:
 
     @property
     def ports(self) -> dict[str, int]:
-        """Port of each environment variable that sets one."""
+        """Ports by the environment variables that set them."""
         return {
             "TRITON_HTTP_PORT": self.http_port,
             "TRITON_GRPC_PORT": self.grpc_port,
@@ -86,8 +86,8 @@ class Address:
 class Triton:
     """A tritonserver that is ready.
 
-    `reload` has it load its repository again, and raises a LaunchError that names the models for
-    which that failed; these are served as before.
+    `reload` loads the repository again. It raises a LaunchError that names the models that failed
+    to load; their old versions are still served.
     """
 
     address: Address
@@ -134,7 +134,7 @@ def serves(address: Address, model: str) -> bool:
 
 
 def report(address: Address, key: str, say: Echo) -> None:
-    """Tell which models Triton could not load, and what runs the others.
+    """Print the models that Triton could not load, and the engines of the others.
 
     Raises:
         LaunchError: no model at all is loaded, or Triton does not answer.
@@ -158,7 +158,7 @@ def engines(address: Address) -> list[str]:
     try:
         with open_directly(address.metrics, timeout=TIMEOUT_SECONDS) as response:
             metrics = response.read().decode()
-    except (OSError, http.client.HTTPException):  # a line of the log less
+    except (OSError, http.client.HTTPException):  # saves a line in Triton's log
         return []
     return [
         f"{report.model}: {report.engine} on {report.device}, {report.precision}; "
@@ -168,7 +168,7 @@ def engines(address: Address) -> list[str]:
 
 
 def check_repository(repository: Path) -> None:
-    """Make sure that there is a model that can be loaded.
+    """Raise an error unless the repository has a model that can be loaded.
 
     Raises:
         LaunchError: there is none; the message names the missing file and what writes it.
@@ -190,7 +190,7 @@ def _has_network(model: Path) -> bool:
 
 
 def reload_when(changed: threading.Event, reload: Callable[[], None], say: Echo) -> None:
-    """Call `reload` if `changed` is set; if it fails, say why and go on."""
+    """Call `reload` if `changed` is set; if it fails, print the reason and continue."""
     if not changed.is_set():
         return
     changed.clear()
@@ -204,7 +204,7 @@ def load(models: Iterable[str], address: Address, key: str) -> None:
     """Have Triton load models again; it serves the old version of each until the new one is ready.
 
     Raises:
-        LaunchError: some could not be loaded; the others are.
+        LaunchError: some could not be loaded; the others were.
     """
     failed: dict[str, str] = {}
     for model in models:
@@ -272,7 +272,7 @@ def options(
     """Return the arguments of any tritonserver: models, addresses, restrictions.
 
     Args:
-        program: the tritonserver, which tells whether it knows newer options.
+        program: the tritonserver, which is asked for the newer options that it has.
         environment: of the tritonserver.
         repository: folder of model folders.
         address: where it listens.
@@ -281,7 +281,7 @@ def options(
             cannot be loaded with it ends Triton, so that another configuration can be tried.
             Without a name, Triton serves the models that it can load.
     """
-    # Triton's HTTP library takes IPv6 addresses after "ipv6:", gRPC takes them in brackets.
+    # IPv6 addresses need the prefix "ipv6:" for Triton's HTTP library, and brackets for gRPC.
     http_host = f"ipv6:{address.host}" if ":" in address.host else address.host
     partial = ["--exit-on-error=false", "--strict-readiness=false"]
     return [
@@ -309,7 +309,7 @@ def options(
 
 
 def _newer_options(program: Path | str, environment: Mapping[str, str]) -> list[str]:
-    """Return those of NEWER_OPTIONS that this tritonserver lists in its help."""
+    """Return the options in NEWER_OPTIONS that this tritonserver lists in its help."""
     try:
         done = subprocess.run(  # noqa: S603
             [program, "--help"],
@@ -327,7 +327,7 @@ def _newer_options(program: Path | str, environment: Mapping[str, str]) -> list[
 
 
 def _tracing() -> list[str]:
-    """Return the options that send Triton's spans to the gateway's collector, if there is one."""
+    """Return the options that send Triton's traces to the gateway's collector, if one is set."""
     collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     if not collector:
         return []

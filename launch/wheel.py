@@ -1,7 +1,7 @@
 """The tritonserver of the `nvidia-pytriton` wheel: its files, environment and command line.
 
 Only the wheel's binaries are used: server, Python backend, and one Python stub for each Python
-version. What they serve is a plain model repository, as in NVIDIA's container.
+version. They serve a plain model repository, as in NVIDIA's container.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from launch.triton import (
     run,
 )
 
-PLUGINS = Path(__file__).parent.parent / "build" / "plugins"  # where `make plugins` builds the op
+PLUGINS = Path(__file__).parent.parent / "build" / "plugins"  # output folder of `make plugins`
 
 
 @contextlib.contextmanager
@@ -49,15 +49,15 @@ def serve(
 ) -> Iterator[Triton]:
     """Run the wheel's tritonserver over a model repository.
 
-    It is ready when the block begins and stopped after it. Models that cannot be loaded are named;
-    the others are served.
+    It is ready when the block begins and stopped after it. A warning names models that cannot be
+    loaded; the others are served.
 
     Args:
         repository: folder of model folders.
         address: where it listens; free ports of 127.0.0.1 if None.
         gpu_packages: folder with the Python packages that a GPU needs; None hides the GPUs.
         echo: receives the server's log lines.
-        say: receives warnings, and what runs each model.
+        say: receives warnings, and the engine of each model.
         stop: when set, ends the wait for readiness early.
 
     Raises:
@@ -69,7 +69,7 @@ def serve(
     wheel = find_wheel()
     with tempfile.TemporaryDirectory(prefix="flownet2-triton-") as name:
         folder = Path(name)
-        # The Python backend passes paths of models and of itself to a shell, unquoted.
+        # The Python backend passes its own path and those of models to a shell without quotes.
         if shlex.quote(name) != name:
             raise LaunchError(
                 f"TMPDIR={tempfile.gettempdir()} has a space or another character that a "
@@ -130,8 +130,8 @@ def server_environment(wheel: Path, folder: Path, gpu_packages: Path | None) -> 
 
     Args:
         wheel: folder of the wheel's server.
-        folder: gets a folder `bin` with a link to the running Python. The stub takes the standard
-            library that belongs to the first `python3` on PATH, whatever Python runs this.
+        folder: gets a folder `bin` with a link to the running Python, because the stub uses the
+            standard library of the first `python3` on PATH.
         gpu_packages: folder with the Python packages that a GPU needs; None hides the GPUs.
     """
     programs = folder / "bin"
@@ -192,7 +192,8 @@ def find_stub(wheel: Path, environment: Mapping[str, str]) -> Path:
 def link_backends(wheel: Path, stub: Path, folder: Path) -> Path:
     """Return a new backend directory in `folder`, with the stub beside the Python backend.
 
-    It holds links: the wheel keeps the two apart, and is not changed.
+    The directory holds links, because the wheel has the two in different folders and is not
+    changed.
     """
     python = folder / "backends" / "python"
     python.mkdir(parents=True)

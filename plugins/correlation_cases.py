@@ -1,4 +1,4 @@
-"""The one table of correlation cases, and the brute-force reference for every implementation.
+"""Test cases of the correlation, and the brute-force reference, for every implementation.
 
 Read by the tests, and by ``python -m benchmarks.correlation`` on a machine with a GPU.
 """
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def attributes(self) -> dict[str, int]:
-        """The op's integer attributes by name."""
+        """Return the op's integer attributes by name."""
         return {
             "pad": self.pad,
             "kernel_size": self.kernel_size,
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        """(N, D * D, H', W'), D = 2 * (max_displacement // stride2) + 1."""
+        """Return (N, D * D, H', W') with D = 2 * (max_displacement // stride2) + 1."""
         n, _, height, width = self.shape
         displacements = 2 * (self.max_displacement // self.stride2) + 1
         border = 2 * (self.max_displacement + self.kernel_size // 2)
@@ -49,14 +49,14 @@ class Case:
         return n, displacements**2, rows, columns
 
     def inputs(self, dtype: type[np.floating[Any]] = np.float32) -> tuple[Array, Array]:
-        """`a` and `b` of `dtype`: normally distributed, the same for the same case."""
+        """Return `a` and `b` of `dtype`: normally distributed, the same for the same case."""
         rng = np.random.default_rng(sum(self.shape))
         a, b = rng.standard_normal((2, *self.shape), dtype=np.float32).astype(dtype)
         return a, b
 
 
-# FlowNet's attributes: the sizes go round the kernel's tiles (16 and 32 columns; 4 and 8 rows; 16
-# channels), below, at and above, with odd ones among them.
+# FlowNet's attributes, with sizes below, at and above the kernel's tiles (16 and 32 columns; 4 and
+# 8 rows; 16 channels), also odd ones.
 FLOWNET_CASES = (
     Case("flownet", (1, 32, 16, 32)),
     Case("flownet, two tiles each way", (2, 16, 24, 64)),
@@ -86,13 +86,13 @@ GENERAL_CASES = (
 )
 CASES = FLOWNET_CASES + GENERAL_CASES
 
-# What FlowNet2 runs at 512x512 and at 1024x2048: too large for NumPy in a test suite.
+# FlowNet2's sizes at 512x512 and at 1024x2048: too large for NumPy in a test suite.
 TIMED_CASES = (
     Case("256x64x64", (1, 256, 64, 64)),
     Case("256x128x256", (1, 256, 128, 256)),
 )
 
-# Attributes that every implementation refuses, each with a word that its message contains.
+# Attributes that every implementation rejects, each with a word of the error message.
 REFUSED_CASES = (
     (Case("even kernel", (1, 2, 8, 8), 4, 2, 4, 1, 1), "kernel_size"),
     (Case("kernel 0", (1, 2, 8, 8), 4, 0, 4, 1, 1), "kernel_size"),
@@ -105,9 +105,9 @@ REFUSED_CASES = (
 
 
 def brute_force(case: Case, a: Array, b: Array) -> NDArray[np.float64]:
-    """The op's definition (FlowNet2's Caffe `Correlation` layer, forward pass), in float64.
+    """Compute the op by its definition (FlowNet2's Caffe `Correlation` layer) in float64.
 
-    One displacement and one kernel position after the other, each the mean of a product.
+    Each displacement and kernel position is computed separately, as the mean of a product.
     """
     pad = ((0, 0), (0, 0), (case.pad, case.pad), (case.pad, case.pad))
     a, b = (np.pad(maps.astype(np.float64), pad) for maps in (a, b))
@@ -132,9 +132,9 @@ def brute_force(case: Case, a: Array, b: Array) -> NDArray[np.float64]:
 
 
 def tolerance(dtype: type[np.floating[Any]]) -> dict[str, float]:
-    """`rtol`, `atol` against `brute_force` of inputs that were rounded to `dtype` first.
+    """Return `rtol` and `atol` against `brute_force` of inputs that were rounded to `dtype` first.
 
-    Sums are in float32 everywhere, so half precision adds one rounding, that of the result.
+    Sums are in float32 everywhere, so half precision only adds the rounding of the result.
     """
     if dtype is np.float16:
         return {"rtol": 2.0**-10, "atol": 2e-5}

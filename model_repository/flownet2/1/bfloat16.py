@@ -12,11 +12,11 @@ from .rewriting import BFLOAT16, Value, channels, constant, readers, replace
 
 CONVOLUTIONS = {"Convolution", "ConvolutionBackpropData"}
 FLOW_CHANNELS = 2
-# A second convolution that reads at most this many channels carries the flow, which the first one
-# read, in a few of them: it is that of a thin refining network.
+# A network whose second convolution reads at most this many channels is a thin refining network: a
+# few of these channels carry the flow that its first convolution read.
 FEW_CHANNELS = 24
 REFINING_CHANNELS = 12  # two images, the warped one, flow and brightness error
-# The nodes of the correlation and those around it.
+# The nodes of the correlation, and the nodes around it.
 FOLLOWERS = {"Concat", "MatMul", "Multiply", "Pad", "PRelu", "Reshape", "Slice", "Transpose"}
 KERNEL_WEIGHTS = 2**17  # rounded at once: what fits in a cache
 
@@ -27,11 +27,11 @@ def cast_to_bfloat16(model: openvino.Model) -> None:
     """Let the convolutions of a model run in bfloat16, in place.
 
     OpenVINO's own bfloat16 mode converts everything: flow of hundreds of pixels, the coordinates
-    that the warp computes from it, then have 8 bits. Here a convolution with its bias and its
-    LeakyReLU becomes bfloat16, its sums being float32 as ever, and so does what only moves or
-    compares such features, up to the cost volume. Images, full-size flow and warp stay float32,
-    as do each network's finest prediction and, in thin refining networks, the convolution that
-    passes the flow on: they would add more than half of the error again.
+    that the warp computes from it, then have 8 bits. Here each convolution, with its bias and
+    LeakyReLU, becomes bfloat16; its sums stay float32. So do the operations up to the cost volume
+    that only move or compare such features. Images, full-size flow and warp stay float32. Each
+    network's finest prediction and, in thin refining networks, the convolution that passes the flow
+    on stay float32 too, because in bfloat16 they would raise the error by more than a half.
 
     Time relative to float32, with AMX: 0.48.
     """
@@ -86,7 +86,7 @@ def _cast(chain: list[openvino.Node]) -> None:
     result = chain[-1].output(0)
     targets = result.get_target_inputs()
     for node in chain:
-        # The slope of a LeakyReLU may stay float32, and 0.1 is no number of bfloat16.
+        # The slope of a LeakyReLU may stay float32, and 0.1 is not representable in bfloat16.
         arguments = node.inputs()[:1] if node.get_type_name() == "PRelu" else node.inputs()
         for argument in arguments:
             if argument.get_element_type().is_real():
@@ -109,7 +109,7 @@ def _cast_before(concat: openvino.Node) -> None:
 
 
 def _reads_bfloat16(node: openvino.Node) -> bool:
-    """Return True if all numbers that a node reads, constants apart, are widened bfloat16."""
+    """Return True if all inputs of a node except constants are widened bfloat16."""
     values = [
         argument.get_source_output()
         for argument in node.inputs()

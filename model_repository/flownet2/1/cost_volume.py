@@ -22,7 +22,7 @@ SIDE = 21
 """Displacements of an axis: -20, -18 … 20."""
 
 # Rows and columns of a block, in positions of one parity. A block is compared with all positions
-# that any of its own reaches, of which each needs 21 x 21.
+# that any of its positions reaches; each needs 21 x 21 of them.
 BLOCK = (4, 16)
 
 
@@ -55,7 +55,7 @@ def divide_in_weights(model: openvino.Model, names: CostVolume) -> bool:
     It saves no time by itself, but a rounding of bfloat16 features.
 
     Returns:
-        False if the graph around the volume is another, which is then left as it is.
+        False if the graph around the volume has another form; it is then not changed.
     """
     a, b, volume = _values(model, names)
     factors = [*_factors(a), *_factors(b)]
@@ -79,11 +79,11 @@ def divide_in_weights(model: openvino.Model, names: CostVolume) -> bool:
 
 
 def multiply_in_blocks(model: openvino.Model, names: CostVolume) -> None:
-    """Compute a volume that is not divided by its channels by one product of blocks, in place.
+    """Compute a cost volume (not divided by its channels) by one product of blocks, in place.
 
-    Positions of one parity of row and column only ever meet their own kind. Of each kind, the
-    positions of ``a`` are cut into blocks, each of which meets the positions of ``b`` from ten
-    before it to ten behind it. A Gather then picks each position's own 21 x 21.
+    Positions are only compared with positions of the same parity of row and column. For each
+    parity, the positions of ``a`` are cut into blocks, and a block is compared with the positions
+    of ``b`` from ten before it to ten behind it. A Gather then picks each position's own 21 x 21.
 
     Time relative to without: 0.90 in bfloat16, 0.93 in float32.
 
@@ -162,7 +162,7 @@ def _only_reader(value: Value | None, kind: str) -> Value | None:
 
 
 def _divisor(number: int, near: int) -> int:
-    """Return the divisor that is the nearest, as a ratio, to another number."""
+    """Return the divisor of a number whose ratio to another number is nearest to 1."""
     divisors = (each for each in range(1, number + 1) if number % each == 0)
     return min(divisors, key=lambda each: abs(math.log(each / near)))
 

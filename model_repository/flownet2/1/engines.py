@@ -17,26 +17,26 @@ Flow = npt.NDArray[np.float32]
 
 # Pixels by which flow may differ from the golden pair's on average.
 LIMITS = {"fp32": 0.001, "fp16": 0.05, "bf16": 0.05}
-# Flow of this mean length may differ by that; longer flow, such as that of a network that is not
-# trained, by more in proportion.
+# These limits apply up to this mean length of the flow. For longer flow, such as an untrained
+# network's, they grow in proportion.
 GOLDEN_LENGTH = 2.5
 
 PROVIDER_VARIABLE = "FLOWNET2_ONNXRUNTIME_PROVIDER"
-"""Environment variable: a provider of ONNX Runtime that takes CUDA's place, GPU or not (tests)."""
+"""Environment variable for tests: provider of ONNX Runtime to use in place of CUDA."""
 
 
 class EngineError(Exception):
-    """An engine cannot serve the model; the message says why."""
+    """Raised when an engine cannot serve the model; the message says why."""
 
 
 class Engine(Protocol):
     """A network, ready to run.
 
     Attributes:
-        name: of the software and its version.
+        name: name and version of the software.
         device: "cpu", "cuda:0", …
-        precision: "fp32", "fp16" or "bf16", that of the wide convolutions.
-        first_runs: how many requests of one shape it takes until all later ones run alike.
+        precision: precision of the wide convolutions, "fp32", "fp16" or "bf16".
+        first_runs: number of requests of one shape after which later ones run in the same way.
     """
 
     name: str
@@ -81,17 +81,17 @@ class Golden:
     def difference(self, engine: Engine) -> float:
         """Return the mean distance of an engine's flow to the golden one, in pixels.
 
-        The largest of several runs, so that each way in which the engine runs this shape is among
-        them.
+        It is the largest of several runs, which include every way in which the engine runs this
+        shape.
 
         Raises:
-            EngineError: the distance is larger than the engine's precision explains.
+            EngineError: the distance is above the limit of the engine's precision.
         """
         distances = [
             np.linalg.norm(engine(self.image1, self.image2) - self.flow, axis=-1).mean()
             for _ in range(engine.first_runs + 1)
         ]
-        difference = float(np.max(distances))  # NaN if one is
+        difference = float(np.max(distances))  # also rejects NaN
         length = float(np.linalg.norm(self.flow, axis=-1).mean())
         limit = LIMITS[engine.precision] * max(1, length / GOLDEN_LENGTH)
         if not difference <= limit:
@@ -106,10 +106,10 @@ def feature_bytes(metadata: Mapping[str, str], pixels: int, usual: float) -> flo
     """Estimate the bytes of a network's features for an image.
 
     Args:
-        metadata: of the ONNX file. In that of a network that is not FlowNet's, ``memory`` holds
-            measured bytes per pixel, and per pixel squared (all-pairs correlations).
-        pixels: of the image.
-        usual: bytes per pixel of the other networks.
+        metadata: metadata of the ONNX file. For a network that is not FlowNet's, ``memory`` holds
+            the measured bytes per pixel, and per pixel squared (all-pairs correlations).
+        pixels: number of pixels of the image.
+        usual: bytes per pixel of FlowNet's networks.
     """
     linear, square = map(float, metadata.get("memory", f"{usual} 0").split())
     return linear * pixels + square * pixels**2
@@ -151,10 +151,10 @@ def candidates(folder: Path, gpu: int | None, golden: Golden) -> Iterator[Candid
 
 
 def check_for_crash(run: Callable[[], object]) -> None:
-    """Run a function in a process of its own, whose crash does not end this one.
+    """Run a function in a separate process, so that a crash does not end this one.
 
-    A driver or a library of CUDA that does not fit may crash, after which no other engine could be
-    tried. An exception of the function is ignored: it will be raised here again.
+    An incompatible driver or CUDA library may crash the process, and no other engine could be
+    tried. An exception of the function is ignored, because it occurs again in this process.
 
     Raises:
         EngineError: the process crashed.
@@ -188,6 +188,6 @@ def first_that_is_right(
         try:
             engine = create()
             return engine, golden.difference(engine)
-        except Exception as error:  # ONNX Runtime's have no common base
+        except Exception as error:  # ONNX Runtime's errors have no common base
             warn(f"{description} is not used: {error}")
     raise EngineError("no engine can run this model; the lines above say why")

@@ -1,4 +1,4 @@
-"""The way of the images from bytes to the first convolutions.
+"""Graph passes for the images, from their bytes to the first convolutions.
 
 The exported graph makes float32 planes in BGR order of the pixels, between 0 and 1, and subtracts
 the mean.
@@ -88,7 +88,7 @@ def _is_normalisation(node: openvino.Node) -> bool:
 
 
 def _inputs(convolution: openvino.Node) -> list[tuple[Argument, int]]:
-    """Return where a convolution's features enter: itself, or the Concat that it alone reads.
+    """Return the node where a convolution's features enter: itself, or a Concat that only it reads.
 
     With each goes the number of its first channel.
     """
@@ -105,9 +105,10 @@ def _inputs(convolution: openvino.Node) -> list[tuple[Argument, int]]:
 def read_whole_numbers(model: openvino.Model) -> None:
     """Let bfloat16 convolutions read the pixels less a whole number, in place.
 
-    Such numbers, -255 … 255, are exact in bfloat16; an image in 0..1 less its mean is not. The rest
-    of the mean, at most half a grey level, goes into the bias. (At the edges the padding is then
-    off by that rest.) A convolution that reads one image alone gets it without a transposition.
+    The whole numbers from -255 to 255 are exact in bfloat16; an image in 0..1 less its mean is not.
+    The rest of the mean, at most half a grey level, goes into the bias. (At the edges the padding
+    is then off by that rest.) A convolution that reads a single image gets it without a
+    transposition.
 
     For fixed shapes whose sides are multiples of 64, so that images are not resampled, and after
     :func:`turn_bytes`, :func:`read_levels` and the cast to bfloat16.

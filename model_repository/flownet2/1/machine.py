@@ -1,4 +1,4 @@
-"""What this machine, or the container, offers the CPU's engine."""
+"""CPU features, cores and memory of this machine, or of its container."""
 
 import contextlib
 import math

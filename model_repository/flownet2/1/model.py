@@ -33,19 +33,19 @@ from flownet2.contract import (  # noqa: E402
 from .engines import Flow, Golden, Images, candidates, first_that_is_right  # noqa: E402
 from .stub_guard import guard, is_possible  # noqa: E402
 
-with contextlib.suppress(ModuleNotFoundError):  # exists in Triton's stub alone
+with contextlib.suppress(ModuleNotFoundError):  # exists only in Triton's stub
     import triton_python_backend_utils as pb_utils
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
 
 class Output:
     """Zero-copy DLPack wrapper of a result that works around the stub's NumPy 1 ABI.
 
-    The stub is compiled against NumPy 1 and misreads arrays of NumPy 2, so they pass as DLPack. It
-    renames a consumed capsule in another way than NumPy expects, which would then print an error to
-    stderr for every request: this class restores the name.
+    The stub is compiled against NumPy 1 and misreads arrays of NumPy 2, so they pass as DLPack. The
+    stub renames a consumed capsule to a name that NumPy does not expect, and NumPy would print an
+    error for every request. This class restores the name.
     """
 
     def __init__(self, array: Flow) -> None:
@@ -71,7 +71,7 @@ class TritonPythonModel:
     def initialize(self, arguments: dict[str, str]) -> None:
         """Load the network into the first engine that reproduces the golden pair.
 
-        The engine goes to Triton's log, and to its metrics as the labels of
+        The engine is written to Triton's log, and to its metrics as labels of
         ``flownet2_golden_difference_px``.
         """
         guard(pb_utils.Tensor)

@@ -1,6 +1,6 @@
 """Runs an exported network on a GPU by ONNX Runtime, in half precision.
 
-ONNX Runtime selects cuDNN's algorithms anew whenever a shape changes, the batch size included
+ONNX Runtime selects cuDNN's algorithms again whenever a shape or batch size changes
 (microsoft/onnxruntime issue 23006). A shape that recurs therefore gets a session of its own, whose
 dimensions are fixed: everything that depends on them is folded into constants, inputs and outputs
 stay at one place on the GPU, and a CUDA graph replays all kernels in one launch.
@@ -21,7 +21,7 @@ from .planned import PlannedShapes, Shape
 
 CUDA = "CUDAExecutionProvider"
 OPERATORS = "libflownet2_onnxruntime.so"  # the compiled correlation, built by plugins/
-DIMENSIONS = ("batch", "height", "width")  # of the exported graph
+DIMENSIONS = ("batch", "height", "width")  # opset of the exported graph
 
 RECENT, RECURRING = 32, 3  # a shape is planned at its third request among the last 32
 PLANNED_BYTES = 2**32
@@ -41,7 +41,8 @@ class OnnxRuntimeEngine:
         Args:
             folder: the model's version folder.
             gpu: the GPU's number.
-            provider: of ONNX Runtime; another than CUDA's runs on the CPU, for tests.
+            provider: execution provider of ONNX Runtime; one other than CUDA's runs on the CPU, for
+                tests.
 
         Raises:
             EngineError: ONNX Runtime does not run on the GPU.
@@ -92,7 +93,7 @@ class OnnxRuntimeEngine:
         return self._path.stat().st_size + int(batch * features)
 
     def _plan(self, shape: Shape) -> Run:
-        """Return the fixed session of a shape, or if it cannot be made, that for any shape."""
+        """Return the fixed session of a shape, or the session for any shape if that fails."""
         try:
             with runtime_errors():
                 return _Plan(self._session(shape), shape, self._kind, self._number)

@@ -19,14 +19,14 @@ from .planned import PlannedShapes, Shape
 
 # With OpenVINO 2026.4.1 in bfloat16 on a Xeon with AMX, the flow of images that are at most 64 wide
 # and thousands high (from 64x8192) is not finite or differs from call to call: the deepest features
-# are one column wide. Float32 is right, and so is bfloat16 from 128 wide, for wide images 64 high,
-# and on an EPYC with AVX-512's bfloat16. Which convolution is wrong first is not known.
+# are one column wide. Float32 is correct, and so is bfloat16 from 128 wide, for wide images 64
+# high, and on an EPYC with AVX-512's bfloat16. The first convolution that is wrong is not known.
 BFLOAT16_WIDTH = 128
 
-PLANNED_SHARE = 0.25  # of the memory
+PLANNED_SHARE = 0.25  # share of the memory
 # Bytes of features for each pixel, measured at 512x512 to 1920x1088; 190 and 270 in thin networks.
 PIXEL_BYTES = {"bf16": 500, "fp32": 720}
-WEIGHTS = {"bf16": 0.5, "fp32": 1.0}  # of the file
+WEIGHTS = {"bf16": 0.5, "fp32": 1.0}  # bytes for each byte of the file
 
 
 class OpenVinoEngine:

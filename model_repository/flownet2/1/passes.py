@@ -33,8 +33,8 @@ class Graph:
 
         Args:
             path: the exporter's ``model.onnx``.
-            bfloat16: convolutions run in bfloat16.
-            amx: the CPU has AMX.
+            bfloat16: True to run convolutions in bfloat16.
+            amx: True if the CPU has AMX.
         """
         network = onnx.load(path)
         self.metadata = {entry.key: entry.value for entry in network.metadata_props}
@@ -60,5 +60,5 @@ class Graph:
         for names in self._volumes:
             multiply_in_blocks(model, names)
         upsample_by_gather(model)
-        read_whole_numbers(model)  # does nothing in float32
+        read_whole_numbers(model)  # changes nothing in float32
         return model

@@ -1,4 +1,4 @@
-"""Networks compiled for one shape each, within a memory limit: both engines keep theirs here."""
+"""Cache of networks compiled for one shape each, within a memory limit; used by both engines."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar

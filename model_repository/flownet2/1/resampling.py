@@ -7,7 +7,7 @@ from .rewriting import Value, constant, fold_constants, replace
 
 
 def remove_idle_resampling(model: openvino.Model) -> None:
-    """Remove the resampling to multiples of 64 and back if the sides are such already, in place.
+    """Remove the resampling to multiples of 64 and back if the sides are multiples, in place.
 
     For known sizes it consists of gathers of every element in its place, products with one, and
     sums with products with zero.

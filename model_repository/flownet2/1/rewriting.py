@@ -17,14 +17,14 @@ BFLOAT16 = openvino.Type.bf16
 
 
 def fold_constants(model: openvino.Model) -> None:
-    """Compute, in place, all that depends on no input of the model."""
+    """Compute the nodes that depend on no input of the model, in place."""
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(model)
 
 
 def constant(value: Value) -> npt.NDArray[Any] | None:
-    """Return a constant's numbers, bfloat16 as float32; None if the value is no constant."""
+    """Return a constant's numbers, bfloat16 as float32; None if the value is not a constant."""
     node = value.get_node()
     if node.get_type_name() != "Constant":
         return None

@@ -1,4 +1,4 @@
-"""Protection of Triton's stub against requests whose shape no array can have.
+"""Protection of Triton's stub against requests with impossible shapes.
 
 Triton counts a tensor's bytes in 64 bits, so ``[1, 2**62, 4, 3]`` counts as empty and is accepted
 without content. Its Python stub creates an array of that shape before it calls the model; NumPy
@@ -17,7 +17,7 @@ import numpy as np
 LARGEST = 2**62
 """Largest number of elements of an array."""
 
-_ENTRIES = 300  # of NumPy's table of C functions: more than the stub reads
+_ENTRIES = 300  # length of NumPy's table of C functions: more than the stub reads
 _NEW_FROM_DESCR = 94  # index of `PyArray_NewFromDescr` in NumPy 1 and 2
 _NewFromDescr = ctypes.PYFUNCTYPE(
     ctypes.py_object,  # returns a new array
@@ -30,7 +30,7 @@ _NewFromDescr = ctypes.PYFUNCTYPE(
     ctypes.c_int,  # flags
     ctypes.c_void_p,  # obj
 )
-_kept: list[object] = []  # what the stub has pointers to
+_kept: list[object] = []  # kept alive: the stub has pointers to them
 
 
 def is_possible(shape: Sequence[int]) -> bool:
@@ -68,6 +68,6 @@ def guard(make_tensor: Callable[..., Any]) -> None:
     table[_NEW_FROM_DESCR] = ctypes.cast(callback, ctypes.c_void_p).value
     _kept.extend((table, callback))
     numpy._ARRAY_API = api.PyCapsule_New(ctypes.addressof(table), None, None)
-    with contextlib.suppress(TypeError):  # a stub for NumPy 1 takes no array of NumPy 2
+    with contextlib.suppress(TypeError):  # a stub for NumPy 1 does not accept an array of NumPy 2
         make_tensor("first", np.zeros(1, np.uint8))
     numpy._ARRAY_API = original
