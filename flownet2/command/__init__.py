@@ -1,5 +1,6 @@
 """The command `flownet2`: flow of pairs, videos, folders and datasets, computed by a server."""
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,9 @@ def main() -> NoReturn:
     """
     # A shell script ignores SIGINT in commands that it starts with `&`; Ctrl-C should end them too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be of any bytes
+            stream.reconfigure(errors="surrogateescape")
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

@@ -471,12 +471,16 @@ def test_names_that_are_not_utf_8(tmp_path: Path, url: str) -> None:
         (tmp_path / "a" / f"frame{number}.png").rename(odd / name)
     write_video(odd / "film.mkv", 3)
     (odd / os.fsdecode(b"list\xe9.txt")).write_bytes(b"f\xfc0.png f\xfc1.png out\xe9\n")
-    out = odd / "out"
+    out = odd / os.fsdecode(b"out\xe9")
     arguments = ("run", odd, odd / os.fsdecode(b"list\xe9.txt"), "-o", out, "--format", "flo,mp4")
     for _ in range(2):  # the second finds what the first wrote
         line = command(*arguments, server=url)
         result = subprocess.run(
-            list(map(os.fsencode, line)), cwd=ROOT, capture_output=True, check=False
+            list(map(os.fsencode, line)),
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            capture_output=True,
+            check=False,
         )
         assert result.returncode == 0, result.stderr
     flow = read_flow(out / os.fsdecode(b"caf\xe9") / "000001.flo")

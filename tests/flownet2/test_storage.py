@@ -8,7 +8,9 @@ import fsspec
 import numpy as np
 import pytest
 
+from flownet2 import storage
 from flownet2.formats import from_flo
+from flownet2.sources import find
 from launch import triton
 from tests.support.command import fail, succeed
 from tests.support.gateway_stack import encoded, picture
@@ -71,3 +73,20 @@ def test_storage_that_nobody_knows(tmp_path: Path, closed_form_triton: triton.Tr
     url = f"grpc://{closed_form_triton.address.grpc}"
     assert "nothing://a" in fail("run", "nothing://a/b.mp4", "-o", tmp_path / "out", server=url)
     assert os.listdir(tmp_path) == []
+
+
+def test_names_in_a_bucket_that_look_like_patterns(bucket: str) -> None:
+    files = fsspec.filesystem("s3")
+    for name in ("odd/photo[1].png", "odd/photo1.png", "take[1]/a.png", "take[1]/b.png"):
+        files.pipe_file(f"clips/{name}", encoded(picture(1)))
+    for argument, expected in (
+        ("odd/photo[1].png", ["odd/photo[1].png"]),
+        ("odd/photo?.png", ["odd/photo1.png"]),
+        ("take[1]/*.png", ["take[1]/a.png", "take[1]/b.png"]),
+        ("take[1]", ["take[1]/a.png", "take[1]/b.png"]),
+    ):
+        (source,) = find([f"{bucket}/{argument}"]).values()
+        assert list(source.files) == [f"{bucket}/{name}" for name in expected]
+    storage.remove(f"{bucket}/odd/photo[1].png")
+    assert files.exists("clips/odd/photo1.png")
+    assert not storage.exists(f"{bucket}/odd/photo[1].png")
