@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +14,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
+
+from export.engine import gathers
 from export.engine.check import check_plan
 from export.engine.gpu import EngineError, find_gpu
 from export.engine.plans import plan_path, use_plan, write_plan
-from export.repository import HALF_MODEL, replacing
-from flownet2.contract import BATCH_EDGE, GRID, IMAGE_INPUTS, MAX_BATCH_SIZE, MINIMUM_SIDE
+from export.repository import DESCRIPTION, HALF_MODEL, MODEL, replacing
+from flownet2.contract import (
+    BATCH_EDGE,
+    GRID,
+    IMAGE_INPUTS,
+    MAX_BATCH_SIZE,
+    MINIMUM_SIDE,
+    SIZE_MULTIPLE,
+)
 
 PLUGIN = "libflownet2_tensorrt.so"  # found by the loader in the image of Triton
 CORRELATION = ("Correlation", "1", "flownet2")  # name, version and namespace of the plugin
@@ -48,14 +60,16 @@ def build_engine(repository: Path, name: str) -> Path:
         EngineError: there is no GPU or TensorRT, the build fails, or the engine's flow is wrong.
     """
     folder = repository / name / "1"
-    model = folder / HALF_MODEL
+    # Networks that run in float32 only have no other file.
+    model = folder / (HALF_MODEL if (folder / HALF_MODEL).is_file() else MODEL)
     if not model.is_file():
         raise EngineError(f"{model} is missing: export the model into this repository")
     gpu = find_gpu()
     trt = import_tensorrt()
     plugin = load_plugin(trt, PLUGIN)
     log = trt_logger(trt)
-    plan = plan_path(folder, gpu, trt.__version__, (plugin, model, Path(__file__)))
+    built_from = (plugin, model, Path(__file__), Path(gathers.__file__))
+    plan = plan_path(folder, gpu, trt.__version__, built_from)
     runtime = start(trt.Runtime, log)
     engine = runtime.deserialize_cuda_engine(plan.read_bytes()) if plan.is_file() else None
     if engine:
@@ -86,7 +100,7 @@ def build_plan(trt: Any, log: Any, model: Path, plan: Path) -> None:
     builder = start(trt.Builder, log)
     network = parse(trt, builder, model, log)
     check_plugin_is_used(network)
-    config = configure(trt, builder)
+    config = configure(trt, builder, largest_edge(plan.parent))
     with timings_kept(config, plan.with_name("timing.cache")):
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -145,12 +159,19 @@ def start(part: Any, log: Any) -> Any:
 def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:
     """Parse an ONNX file into a network whose layers have the types of the file.
 
+    Warps become gathers, see :mod:`export.engine.gathers`.
+
     Raises:
         EngineError: it is not an ONNX file, or TensorRT does not support it.
     """
+    try:
+        proto = onnx.load(model)
+    except Exception as error:  # protobuf's has another base in each implementation
+        raise EngineError(f"{model} is not an ONNX file. Export the model again") from error
+    proto = gathers.warp_by_gathers(proto)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(model)):
+    if not parser.parse(proto.SerializeToString()):
         reason = " ".join(str(parser.get_error(0)).split()) if parser.num_errors else log.cause
         raise EngineError(f"TensorRT cannot read {model}: {reason}. Export the model again")
     return network
@@ -169,13 +190,22 @@ def check_plugin_is_used(network: Any) -> None:
         )
 
 
-def configure(trt: Any, builder: Any) -> Any:
+def largest_edge(folder: Path) -> int:
+    """Return the largest edge of a single image: the model's pixel limit may lower it."""
+    description = folder / DESCRIPTION
+    text = description.read_text(encoding="utf-8") if description.is_file() else ""
+    limit = re.search(r'"max_pixels" value { string_value: "(\d+)" }', text)
+    edge = math.isqrt(int(limit[1])) // SIZE_MULTIPLE * SIZE_MULTIPLE if limit else SINGLE_EDGE
+    return min(edge, SINGLE_EDGE)
+
+
+def configure(trt: Any, builder: Any, edge: int = SINGLE_EDGE) -> Any:
     """Create the builder configuration: optimisation profiles and a progress monitor."""
     config = builder.create_builder_config()
     for sizes in PROFILES:
         profile = builder.create_optimization_profile()
         for image in IMAGE_INPUTS:
-            profile.set_shape(image, *((*size, 3) for size in sizes))
+            profile.set_shape(image, *((n, min(h, edge), min(w, edge), 3) for n, h, w in sizes))
         config.add_optimization_profile(profile)
     config.progress_monitor = progress_monitor(trt)
     return config

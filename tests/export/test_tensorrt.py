@@ -71,16 +71,17 @@ def test_parser_takes_every_network(
     # Types come from the file: only blocks are in half precision, not images, flow, what warps by
     # it, and the sums of the correlation.
     blocks = {trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION}
-    outside = {trt.LayerType.RESIZE, trt.LayerType.GRID_SAMPLE, trt.LayerType.REDUCE}
+    outside = {trt.LayerType.RESIZE, trt.LayerType.GATHER, trt.LayerType.REDUCE}
     for layer in layers(network):
         if layer.type in blocks:
             assert layer.get_output(0).dtype == (trt.float16 if exported.half else trt.float32)
         elif layer.type in outside:
-            assert layer.get_output(0).dtype == trt.float32
+            assert layer.get_output(0).dtype != trt.float16
     types = [layer.type for layer in layers(network)]
     refiners = len(exported.model.network.cascade) - 1
     warps = refiners + 2 * exported.model.network.fusion
-    assert types.count(trt.LayerType.GRID_SAMPLE) == warps
+    assert trt.LayerType.GRID_SAMPLE not in types  # TensorRT's is wrong in half precision
+    assert types.count(trt.LayerType.GATHER) >= 4 * warps
     # One matrix product for each of the 21 displacements in y: the function body is in use.
     products = [
         layer.get_output(0).dtype

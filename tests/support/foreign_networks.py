@@ -11,7 +11,7 @@ from onnx import numpy_helper, parser
 Array = npt.NDArray[np.float32]
 
 WEIGHTS: Array = np.random.default_rng(0).normal(0, 0.2, (2, 6, 3, 3)).astype(np.float32)
-BIAS: Array = np.array([3.0, -2.0], np.float32)  # a network that says "shifted" to anything
+BIAS: Array = np.array([8.0, -8.0], np.float32)  # the shift by which networks are checked
 
 
 def write_network(
