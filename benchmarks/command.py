@@ -66,11 +66,11 @@ def throughput(address: triton.Address) -> str:
             measured = program.load(address, JOBS, ROUNDS)["Inferences/Second"]
             rates.setdefault("perf_analyzer, gRPC", []).append(measured)
             for scheme, server in servers.items():
-                one = run(video, Path(folder) / f"{turn}-{scheme[:4]}", server)
+                measured_run = run(video, Path(folder) / f"{turn}-{scheme[:4]}", server)
                 name = f"`flownet2 run`, {scheme}"
-                rates.setdefault(name, []).append((FRAMES - 2) / one.writing_seconds)
+                rates.setdefault(name, []).append((FRAMES - 2) / measured_run.writing_seconds)
                 whole = f"{name}, with start and end of the process"
-                rates.setdefault(whole, []).append((FRAMES - 1) / one.seconds)
+                rates.setdefault(whole, []).append((FRAMES - 1) / measured_run.seconds)
     reference = statistics.median(rates["perf_analyzer, gRPC"])
     return table(
         (f"{FRAMES - 1} pairs of a video, {JOBS} requests at a time", "pairs/s", "relative"),
@@ -88,8 +88,14 @@ def memory(address: triton.Address) -> str:
         for length in LENGTHS:
             video = Path(folder) / f"film{length}.mp4"
             write_video(video, length, TINY)
-            one = run(video, Path(folder) / "flow", f"grpc://{address.grpc}")
-            rows.append((f"{length:,}", f"{one.peak_mib:.0f}", f"{length / one.seconds:.0f}"))
+            measured_run = run(video, Path(folder) / "flow", f"grpc://{address.grpc}")
+            rows.append(
+                (
+                    f"{length:,}",
+                    f"{measured_run.peak_mib:.0f}",
+                    f"{length / measured_run.seconds:.0f}",
+                )
+            )
     return table((f"frames, {TINY}x{TINY}", "peak MiB", "frames/s"), rows)
 
 

@@ -107,7 +107,7 @@ def _pair(path: str, number: int, line: str) -> ListedPair:
         for fields in readings
     ]
     images, output = next(
-        (one for one in candidates if all(image.exists for image in one[0])), candidates[0]
+        (found for found in candidates if all(image.exists for image in found[0])), candidates[0]
     )
     if any(image.from_windows for image in images):
         output = output.replace("\\", "/")

@@ -223,7 +223,7 @@ class _Reading:
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         kinds = ("video", "audio", "subtitle")
-        streams = [one for one in self._container.streams if one.type in kinds]
+        streams = [stream for stream in self._container.streams if stream.type in kinds]
         try:
             for packet in self._container.demux(streams):
                 wanted = packet.stream.index == self._stream.index

@@ -149,7 +149,9 @@ def test_grey_and_ten_bit_video(tmp_path: Path, url: str, pixels: str) -> None:
     succeed("run", tmp_path / "film.mkv", "-o", tmp_path / "out", server=url)
     flow = read_flow(tmp_path / "out" / "film" / "000001.flo")
     if pixels == "gray":
-        images = [np.asarray(Image.fromarray(one).convert("L").convert("RGB")) for one in images]
+        images = [
+            np.asarray(Image.fromarray(image).convert("L").convert("RGB")) for image in images
+        ]
     assert np.abs(flow - closed_form(images[1], images[2])).mean() < 1
 
 
@@ -364,8 +366,8 @@ def test_many_agree_on_a_manifest_at_once(tmp_path: Path) -> None:
                 threads.submit(update_manifest, str(out), {"model": "net"}, sources)
                 for _ in range(8)
             ]
-            for one in agreed:
-                one.result()
+            for future in agreed:
+                future.result()
             assert json.loads((out / "manifest.json").read_bytes())["sources"] == sources
             assert len(list(out.iterdir())) == 1
 
