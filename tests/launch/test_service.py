@@ -109,17 +109,17 @@ def test_another_model_is_taken_in_under_load(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
     try:
         asking.set()
-        with ThreadPoolExecutor(16) as clients:
-            running = [clients.submit(ask, launcher) for _ in range(16)]
+        with ThreadPoolExecutor(4) as clients:
+            running = [clients.submit(ask, launcher) for _ in range(4)]
             try:
-                wait_until(lambda: seen["old"] > 50)
+                wait_until(lambda: seen["old"] > 20)
                 replace("a model that does not load")
                 wait_until(lambda: launcher.said("warning: not loaded again: flownet2: "))
                 before = seen["old"]
-                wait_until(lambda: seen["old"] > before + 50)
+                wait_until(lambda: seen["old"] > before + 20)
                 replace(right.replace("/ 8", "/ 4"))
                 wait_until(lambda: launcher.said("has loaded the models again"))
-                wait_until(lambda: seen["new"] > 50)
+                wait_until(lambda: seen["new"] > 20)
             finally:
                 asking.clear()
             for client in running:
