@@ -23,7 +23,7 @@ from flownet2.errors import Error
 
 OFFICIAL = "official"
 
-# PyTorch is imported where it is used: it is not installed where engines are built.
+# PyTorch is imported only where it is used, because images that build engines do not have it.
 
 
 def main(arguments: list[str]) -> int:
@@ -109,11 +109,17 @@ def _parser() -> argparse.ArgumentParser:
         "--license", metavar="TEXT", help="licence of the weights, shown with the model (required)"
     )
     wrapping.add_argument(
-        "--like", choices=LIKE, help="images as this network takes them; or name what follows"
+        "--like",
+        choices=LIKE,
+        help="preset for the images of this network, in place of the options below",
     )
     wrapping.add_argument("--range", choices=RANGES, help="values of the images (default: 0..255)")
     wrapping.add_argument(
-        "--mean", nargs=3, type=float, metavar="X", help="subtracted from the channels, then"
+        "--mean",
+        nargs=3,
+        type=float,
+        metavar="X",
+        help="subtracted from the channels before the division by --std",
     )
     wrapping.add_argument("--std", nargs=3, type=float, metavar="X", help="divides the channels")
     wrapping.add_argument("--bgr", action="store_true", default=None, help="BGR instead of RGB")
@@ -121,10 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         "--multiple", type=int, metavar="N", help="the sides are multiples of N pixels (default: 8)"
     )
     wrapping.add_argument(
-        "--least", type=int, metavar="N", help="and have at least N pixels (default: 16)"
+        "--least", type=int, metavar="N", help="the sides have at least N pixels (default: 16)"
     )
     wrapping.add_argument(
-        "--fit", choices=("pad", "resize"), help="how images get such sides (default: pad)"
+        "--fit",
+        choices=("pad", "resize"),
+        help="how images are brought to such sides (default: pad)",
     )
     wrapping.add_argument("--output", metavar="NAME", help="the output that is the flow")
     wrapping.add_argument(

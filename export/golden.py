@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from flownet2.contract import FLOW_OUTPUT, GRID, IMAGE_INPUTS
 
-SHIFT, ZOOM = (1.5, -1.0), 1.01  # of the second image, in pixels and about the centre
+SHIFT, ZOOM = (1.5, -1.0), 1.01  # of the second image: pixels, and factor about the centre
 
 
 def write_golden(model: Path, file: Path) -> None:
-    """Compute the flow of the golden pair in float32 on the CPU, and write all three.
+    """Write the golden pair with its flow, computed in float32 on the CPU.
 
     Args:
         model: the ONNX file of the network.
@@ -28,9 +28,9 @@ def write_golden(model: Path, file: Path) -> None:
 
 
 def golden_images() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Draw a texture, and the same shifted and enlarged a little.
+    """Draw a texture, and the same texture shifted and slightly enlarged.
 
-    They have the size that the gateway asks for by default, which every engine plans anyway.
+    The images have the gateway's default size, for which every engine compiles a network anyway.
     """
     height, width = GRID
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -61,7 +61,7 @@ def _interpolate(
 def run_on_cpu(
     model: Path, image1: npt.NDArray[np.uint8], image2: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float32]:
-    """Run a network in float32 by ONNX Runtime, or if it is not installed, by OpenVINO."""
+    """Run a network in float32 with ONNX Runtime or, if that is not installed, with OpenVINO."""
     try:
         import onnxruntime  # noqa: PLC0415
     except ModuleNotFoundError:  # `make serve` on a machine without a GPU

@@ -1,8 +1,8 @@
 """Export of a network to one ONNX file with the contract's inputs and outputs.
 
 The file holds ``Correlation`` as a node of the domain ``flownet2``, and beside it the same
-operation as a model-local function in standard operators: a runtime with our kernel takes the
-kernel, any other inlines the function.
+operation as a model-local function in standard operators: a runtime with our kernel uses the
+kernel, any other runtime inlines the function.
 """
 
 import contextlib
@@ -45,14 +45,14 @@ CORRELATION = values.Op(
         ],
     ),
 )
-# Sizes that tracing may assume: from two images and two tiles of 64 pixels up, for it could take
-# axes of size 1 for broadcast ones. The graph that comes out has no such limit.
+# Sizes that tracing may assume: at least two images and two tiles of 64 pixels, because it could
+# treat axes of size 1 as broadcast. The exported graph has no such limit.
 HEIGHT, WIDTH = Dim("height", min=65, max=16384), Dim("width", min=65, max=16384)
 BATCH = Dim("batch", min=2, max=64)
 
 
 def network_graph(network: Network) -> onnx.ModelProto:
-    """A network's float32 graph without the values of its weights.
+    """Return a network's float32 graph without the values of its weights.
 
     Parameters and means are initializers by their names in :class:`FlowNet2`, with shape and type
     but no data; :mod:`export.shipped` fills them in.
@@ -96,7 +96,7 @@ def export_onnx(model: FlowNet2) -> onnx.ModelProto:
 def _correlation_node(
     a: Any, b: Any, pad: int, kernel_size: int, max_displacement: int, stride1: int, stride2: int
 ) -> Any:
-    """``torch.ops.flownet2.correlation`` as a node; TensorRT finds its plugin by the last two."""
+    """Emit the correlation as a node; TensorRT finds its plugin by the last two attributes."""
     return CORRELATION(
         a,
         b,
@@ -120,9 +120,9 @@ class _BandedCorrelation(nn.Module):
 
 
 def correlation_function(attributes: dict[str, Any]) -> onnx.FunctionProto:
-    """``flownet2.Correlation`` in standard operators, for these values of its attributes.
+    """Return ``flownet2.Correlation`` in standard operators, for these values of its attributes.
 
-    It is the PyTorch formulation itself, exported, so that there is one.
+    It is exported from the PyTorch formulation, so that there is only one definition.
     """
     numbers = tuple((k, v) for k, v in attributes.items() if not k.startswith("plugin_"))
     return helper.make_function(
@@ -152,7 +152,7 @@ def _correlation_nodes(attributes: tuple[tuple[str, int], ...]) -> list[onnx.Nod
     graph = _export(
         _BandedCorrelation(numbers), features, (shape, shape), ["a", "b"], ["volume"]
     ).graph
-    for node in graph.node:  # TensorRT warns of names that the network has too
+    for node in graph.node:  # TensorRT warns if the network uses the same names
         node.name = f"Correlation/{node.name}"
     constants = [
         helper.make_node("Constant", [], [tensor.name], value=tensor)
@@ -187,7 +187,7 @@ def _export(
         )
     assert exported is not None
     proto: onnx.ModelProto = exported.model_proto
-    # The exporter notes where each node came from, with paths of this machine.
+    # The exporter stores the origin of each node, with paths of this machine.
     for node in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
         del node.metadata_props[:]  # type: ignore[attr-defined]
     del proto.graph.value_info[:]
@@ -196,7 +196,7 @@ def _export(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch's exporter warns of its own deprecations and of packages that we do not use."""
+    """Suppress warnings of the exporter's own deprecations and of packages that we do not use."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

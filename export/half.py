@@ -1,7 +1,7 @@
-"""Conversion of a network's float32 file to half precision, which GPUs serve.
+"""Conversion of a network's float32 file to half precision, for serving on GPUs.
 
-Convolutions, and the operators that only pass on their features, become float16. Images, flow and
-warp stay float32: float16 cannot resolve the coordinates of the warp.
+Convolutions, and operators that only move their features, become float16. Images, flow and warp
+stay float32: float16 cannot resolve the coordinates of the warp.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ FOLLOW = {"LeakyRelu", "Concat"}  # float16 if all their inputs are
 
 
 class HalfError(Error):
-    """A network cannot be converted to half precision."""
+    """Raised when a network cannot be converted to half precision."""
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -41,7 +41,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     made: dict[str, onnx.TensorProto | None] = {}
 
     def converted(name: str, to: int) -> str:
-        """Return the tensor's name in another type, and add its conversion the first time."""
+        """Return the tensor's name in another type; add its conversion node at the first use."""
         new = f"{name}/{'half' if to == TensorProto.FLOAT16 else 'float'}"
         if new not in made:
             if name in weights:

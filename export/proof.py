@@ -1,7 +1,7 @@
 """Check a wrapped network before it is served, and measure its memory.
 
-Exporters often mark sizes as dynamic that are constants in the graph; such a network computes a
-wrong flow at every size but one, without an error.
+Exporters often mark sizes as dynamic although they are constants in the graph. Such a network
+computes wrong flow at every other size, without an error.
 """
 
 import functools
@@ -51,17 +51,17 @@ def check(file: Path, any_size: bool) -> tuple[bool, list[str]]:
 
     Args:
         file: the wrapped network.
-        any_size: whether it computes at the images' size, so that the flow of one shift has to be
-            the same at all sizes.
+        any_size: whether the network computes at the images' size, so that the flow of a shifted
+            texture must be the same at all sizes.
 
     Returns:
-        Whether it takes batches, and warnings.
+        True if the network takes batches; and warnings.
 
     Raises:
         WrapError: its flow is not finite, has another shape, or depends on the images' size.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised
+    options.log_severity_level = 4  # hide warnings: errors are raised
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     sizes = (*SIZES, (MINIMUM_SIDE, MINIMUM_SIDE))
     flows = {size: _run(session, *_shifted(*size)) for size in sizes}
@@ -74,7 +74,7 @@ def check(file: Path, any_size: bool) -> tuple[bool, list[str]]:
                 raise WrapError(
                     f"the flow of one pair differs by {distance:.2f} px between images of "
                     f"{_size(SIZES[0])} and {_size(size)}: the graph claims to take any size, but "
-                    "computes correct flow at one only, or it is not trained. Name that size with "
+                    "computes correct flow at only one, or it is not trained. Give that size as "
                     "--size HEIGHTxWIDTH: images are then resized to it"
                 )
     warnings = []
@@ -137,7 +137,7 @@ def _shifted(height: int, width: int) -> tuple[npt.NDArray[np.uint8], npt.NDArra
 
 
 def _turned() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Return the first size's pair upside down, for the second place of a batch."""
+    """Return the pair of the first size upside down, as the second pair of a batch."""
     first, second = _shifted(*SIZES[0])
     return first[:, ::-1].copy(), second[:, ::-1].copy()
 
@@ -165,9 +165,9 @@ def measure_memory(file: Path) -> Memory:
 
 
 def _peak_memory(file: Path, side: int) -> int:
-    """Return the bytes by which one inference raises the memory of this process at most."""
+    """Return the largest increase of this process's memory during an inference, in bytes."""
     image = np.zeros((1, side, side, 3), np.uint8)
-    if importlib.util.find_spec("openvino"):  # what serves on a CPU
+    if importlib.util.find_spec("openvino"):  # the engine on CPUs
         from export.served.openvino_engine import OpenVinoEngine  # noqa: PLC0415
 
         before = _high_water_mark()

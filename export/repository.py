@@ -1,10 +1,10 @@
 """A model folder of a Triton repository.
 
-``model_repository/flownet2/`` holds what every model shares and git tracks: ``config.pbtxt`` and
-``1/*.py``, which Triton's Python backend runs, and in ``configs/`` the configurations that Triton's
-``--model-config-name`` selects instead. What differs from model to model lies beside them in the
-version folder: the network, ``description.pbtxt``, which the launcher appends to the configuration,
-and the golden pair.
+``model_repository/flownet2/`` holds the files that all models share and git tracks:
+``config.pbtxt``, ``1/*.py``, which Triton's Python backend runs, and in ``configs/`` the
+configurations that Triton's ``--model-config-name`` selects instead. The files that differ between
+models are beside them in the version folder: the network, ``description.pbtxt``, which the launcher
+appends to the configuration, and the golden pair.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ def write_model(
 ) -> Path:
     """Write ``<repository>/<name>`` with its configurations and version 1.
 
-    Files are replaced whole, so that a server that starts meanwhile reads old or new ones, and
-    only where they differ.
+    Files are replaced atomically, so that a server that starts meanwhile reads complete files, and
+    only if they differ.
 
     Args:
         model: the network in float32. Its golden pair has this flow, whatever runs it.
-        description: parameters of the served model, where the gateway's list of models finds them:
-            ``network``, ``parameters``, ``weights_source``, ``weights_license``. With them goes
-            ``model_sha256``, of the network with its weights.
-        precision: of ``model.onnx``, which CPUs run.
-        reduce: let GPUs run half precision and CPUs bfloat16 in the wide convolutions. Without it,
-            and with `precision` "fp32", no ``model_fp16.onnx`` is written, which tells the engines
-            to run float32.
+        description: parameters of the served model, which the gateway's list of models shows:
+            ``network``, ``parameters``, ``weights_source``, ``weights_license``. ``model_sha256``,
+            of the network with its weights, is added.
+        precision: precision of ``model.onnx``, which CPUs run.
+        reduce: let GPUs run half precision and CPUs bfloat16 in the wide convolutions. If it is
+            False and `precision` is "fp32", no ``model_fp16.onnx`` is written, and all engines run
+            float32.
 
     Returns:
         The model's folder.
@@ -97,7 +97,7 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a path to write to, which replaces the target at once at the end."""
+    """Yield a path to write to, which atomically replaces the target at the end."""
     new = target.with_name(f".{target.name}.new")
     try:
         yield new

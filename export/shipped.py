@@ -1,10 +1,10 @@
-"""The model that ships, put together without PyTorch: `make serve` needs none.
+"""The shipped model, assembled without PyTorch, which `make serve` does not install.
 
 ``python -m export.shipped --repository DIR`` fills the weights of ``weights/flownet2.safetensors``
 into the graph ``weights/flownet2.onnx``, which :func:`export.graph.network_graph` wrote
-(``python -m export.shipped --write-graph`` writes it anew). What comes out is what
-``python -m export`` gives. With ``--keep-other`` a model of other weights that was exported to its
-place stays there.
+(``python -m export.shipped --write-graph`` updates it). The result equals that of ``python -m
+export``. With ``--keep-other``, a model of other weights that was exported under the same name is
+kept.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from flownet2.contract import MODEL_NAME
 FOLDER = Path(__file__).parent.parent / "weights"
 WEIGHTS = FOLDER / "flownet2.safetensors"
 GRAPH = FOLDER / "flownet2.onnx"
-SHIPPED = "shipped_weights"  # a parameter that no other model's description has
+SHIPPED = "shipped_weights"  # a parameter that only this model's description has
 
 
 def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
@@ -54,7 +54,7 @@ def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
 
 
 def write_shipped(repository: Path) -> str:
-    """Write the shipped model to ``<repository>/flownet2``; returns its network's name."""
+    """Write the shipped model to ``<repository>/flownet2``; return the name of its network."""
     model, description = shipped_model()
     write_model(repository, MODEL_NAME, model, description)
     return description["network"]
@@ -67,7 +67,7 @@ def _name_in_file(parameter: str) -> str:
 
 
 def holds_other_model(repository: Path) -> bool:
-    """Whether a model of other weights was exported to ``<repository>/flownet2``."""
+    """Return True if ``<repository>/flownet2`` holds an exported model of other weights."""
     version = repository / MODEL_NAME / "1"
     if not ((version / MODEL).is_file() and (version / DESCRIPTION).is_file()):
         return False
@@ -75,7 +75,7 @@ def holds_other_model(repository: Path) -> bool:
 
 
 def write_graph() -> None:
-    """Write the graph of the network that the weights are of (this one needs PyTorch)."""
+    """Write the graph of the shipped weights' network; needs PyTorch."""
     from export.graph import network_graph  # noqa: PLC0415
     from export.networks import NETWORKS  # noqa: PLC0415
 

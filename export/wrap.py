@@ -1,7 +1,7 @@
 """Wrap any two-image network's ONNX file into the contract, without PyTorch.
 
-The wrapped file casts and normalises the images, pads or resizes them to the sizes that the network
-takes, runs it, and brings the flow back to the images' size.
+The wrapped file casts and normalises the images, pads or resizes them to sizes that the network
+takes, runs the network, and crops or resizes the flow to the images' size.
 """
 
 import math
@@ -21,7 +21,7 @@ from flownet2.contract import FLOW_OUTPUT, IMAGE_INPUTS
 from flownet2.errors import Error
 
 RANGES = {"0..1": (1 / 255, 0.0), "0..255": (1.0, 0.0), "-1..1": (2 / 255, -1.0)}
-"""Factor of an 8-bit value, and what is added to it."""
+"""Factor and offset of an 8-bit value."""
 
 LEAST_OPSET, OPSET_LIMIT = 18, 20  # TensorRT reads GridSample of opset 20 as "nearest"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,7 +29,7 @@ CHANNELS_OF_STACK = 6
 
 
 class WrapError(Error):
-    """An ONNX file cannot be wrapped, or does not compute flow once wrapped."""
+    """Raised when an ONNX file cannot be wrapped, or does not compute flow after that."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class ImageInput:
 
     Attributes:
         range: values of the images before `mean` and `std`.
-        mean, std: subtracted and divided by, in the network's channel order.
-        multiple: of which the sides have to be multiples.
+        mean, std: subtracted from the values, and divisor, in the network's channel order.
+        multiple: number of which the sides have to be multiples.
         least: smallest side.
-        fit: how images of other sides are fitted. "pad" repeats the edge on all sides.
+        fit: how images with other sides are fitted; "pad" repeats the edge on all sides.
     """
 
     range: str = "0..255"
@@ -72,8 +72,8 @@ class Wrapped:
     """A network with the contract's inputs and output.
 
     Attributes:
-        size: height and width that it computes at, if it takes no other.
-        parameters: number of its weights.
+        size: height and width that it computes at, if it takes no other size.
+        parameters: number of its weights and biases.
     """
 
     model: onnx.ModelProto
@@ -94,11 +94,11 @@ def wrap(
             ``[N, 2, 3, H, W]``, and the flow ``[N, 2, H, W]`` or ``[N, 1, 2, H, W]`` among its
             outputs.
         output: name of the flow; needed if several outputs could be it.
-        size: height and width to compute at, if the network is right at no other. Read from the
-            file if its inputs have a fixed size.
+        size: height and width to compute at, if the network is correct at no other size. Default:
+            the size in the file, if its inputs have a fixed size.
 
     Raises:
-        WrapError: the file is no such network.
+        WrapError: the file is not such a network.
     """
     network = _read(path)
     inputs = _inputs(path, network)
@@ -132,7 +132,7 @@ def _read(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
         onnx.checker.check_model(model)
         model = onnx.inliner.inline_local_functions(model)
-    except Exception as error:  # protobuf's and ONNX's have no common base
+    except Exception as error:  # the errors of protobuf and ONNX have no common base
         raise WrapError(f"{path}: not an ONNX file that can be read: {_line(error)}") from error
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if not LEAST_OPSET <= opset < OPSET_LIMIT:
@@ -160,7 +160,7 @@ def _inputs(path: Path, network: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     ):
         found = ", ".join(f"{_own(value.name)} {_shape(value)}" for value in inputs)
         raise WrapError(
-            f"{path} takes {found}; needed are two float images [N, 3, H, W], or one stack of "
+            f"{path} takes {found}, but needs two float images [N, 3, H, W], or one stack of "
             "them, [N, 6, H, W] or [N, 2, 3, H, W]"
         )
     return inputs
@@ -312,7 +312,7 @@ def _graph(
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int]:
-    """Return the dimensions, 0 for those that are not fixed."""
+    """Return the dimensions, 0 for a dimension that is not fixed."""
     return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 

@@ -30,16 +30,17 @@ from flownet2.contract import (
     SIZE_MULTIPLE,
 )
 
-PLUGIN = "libflownet2_tensorrt.so"  # found by the loader in the image of Triton
+PLUGIN = "libflownet2_tensorrt.so"  # the loader finds it in Triton's image
 CORRELATION = ("Correlation", "1", "flownet2")  # name, version and namespace of the plugin
 
 SINGLE_EDGE = 2048
 LEAST = (1, MINIMUM_SIDE, MINIMUM_SIDE)
 # Smallest, best and largest (batch, height, width). The first profile is for batches of small
 # images, the only ones that plugins/triton_batching.cpp allows, the second for single images up to
-# 2048x2048, such as 1080p upright. A profile bounds edges; TensorRT plans memory for its largest
-# size. Triton takes the profile whose best size is nearest, but compares each axis with the one
-# before. These two are so far apart that small images go to the first nevertheless.
+# 2048x2048, such as 1080p upright. A profile limits the sides, and TensorRT plans memory for its
+# largest size. Triton should choose the profile whose best size is nearest, but compares each axis
+# with the previous axis. The two profiles are far enough apart that small images still get the
+# first.
 PROFILES = (
     (LEAST, (MAX_BATCH_SIZE // 2, *GRID), (MAX_BATCH_SIZE, BATCH_EDGE, BATCH_EDGE)),
     (LEAST, (1, 1080, 1920), (1, SINGLE_EDGE, SINGLE_EDGE)),
@@ -49,9 +50,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(repository: Path, name: str) -> Path:
-    """Make ``<repository>/<name>/1/model.plan`` an engine that fits this GPU; build it if needed.
+    """Link ``<repository>/<name>/1/model.plan`` to an engine for this GPU; build it if needed.
 
-    An engine is linked to only after it has reproduced the golden pair.
+    The link is made only after the engine has reproduced the golden pair.
 
     Returns:
         The plan that ``model.plan`` links to.
@@ -77,7 +78,7 @@ def build_engine(repository: Path, name: str) -> Path:
     else:
         if plan.is_file():
             logger.warning("%s does not load and is built again", plan)
-        if os.environ.get("BUILD_ENGINES") == "0":  # a job builds them for all pods
+        if os.environ.get("BUILD_ENGINES") == "0":  # a job builds the engines for all pods
             raise EngineError(f"no engine in {folder} fits, and BUILD_ENGINES=0 forbids a build")
         build_plan(trt, log, model, plan)
         engine = runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -136,7 +137,7 @@ def load_plugin(trt: Any, library: str) -> Path:
         raise EngineError(f"the plugin {library} does not load: {error}") from None
     if trt.get_plugin_registry().get_creator(*CORRELATION) is None:
         raise EngineError(f"{library} registers no plugin {CORRELATION[0]}: build plugins/ again")
-    # The loader searches many folders; the list of mapped files shows which one it was.
+    # The loader searches many folders; the list of mapped files shows which file it loaded.
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         file = Path(line.split(maxsplit=5)[-1])
         if file.name == Path(library).resolve().name:
@@ -152,7 +153,7 @@ def start(part: Any, log: Any) -> Any:
     """
     try:
         return part(log)
-    except TypeError:  # what a null pointer from C++ becomes
+    except TypeError:  # raised for a null pointer from C++
         raise EngineError(f"TensorRT does not start: {log.cause}") from None
 
 
@@ -178,13 +179,13 @@ def parse(trt: Any, builder: Any, model: Path, log: Any) -> Any:
 
 
 def check_plugin_is_used(network: Any) -> None:
-    """Make sure that TensorRT uses the plugin and not the correlation's function body.
+    """Raise an error unless TensorRT uses the plugin, not the correlation's function body.
 
     Raises:
         EngineError: it uses the body.
     """
     names = (network.get_layer(i).name for i in range(network.num_layers))
-    if any(name.startswith(f"{CORRELATION[0]}/") for name in names):  # as export.graph names them
+    if any(name.startswith(f"{CORRELATION[0]}/") for name in names):  # the names in export.graph
         raise EngineError(
             "TensorRT uses the correlation's function body, not the plugin. Export the model again"
         )
@@ -215,11 +216,11 @@ def configure(trt: Any, builder: Any, edge: int = SINGLE_EDGE) -> Any:
 def timings_kept(config: Any, file: Path) -> Iterator[None]:
     """Reuse the timings of earlier builds on this GPU and TensorRT, and keep new ones.
 
-    Timings of a build that fails are kept too, so that the next one is shorter.
+    Timings of a failed build are kept too, so that the next build is shorter.
     """
     measured = file.read_bytes() if file.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(measured), ignore_mismatch=False):
-        logger.info("%s is of another GPU or TensorRT: measuring again", file)
+        logger.info("%s is from another GPU or TensorRT: measuring again", file)
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     try:
         yield
@@ -273,7 +274,7 @@ def progress_monitor(trt: Any, interval: float = 10.0) -> Any:
                     self.said = now
                     where = " > ".join(f"{p} {n}/{of}" for p, (n, of) in self.phases.items())
                     logger.info("%.0f s: %s", now - self.started, where)
-            return True  # go on
+            return True  # True: continue the build
 
         def phase_finish(self, phase: str) -> None:
             with self.lock:

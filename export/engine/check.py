@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_plan(engine: Any, folder: Path) -> float:
-    """Return by how many pixels a plan's flow of the golden pair differs on average.
+    """Return the mean difference of a plan's flow from the golden pair's, in pixels.
 
     Args:
         engine: TensorRT's deserialised engine.
@@ -30,7 +30,7 @@ def check_plan(engine: Any, folder: Path) -> float:
             engine (`engines.py`).
 
     Raises:
-        EngineError: it differs by more than half precision explains, or cannot be computed.
+        EngineError: the difference is above the limit for half precision, or the plan does not run.
     """
     try:
         engines = _load(folder / "engines.py")
@@ -72,7 +72,7 @@ class _Plan:
             context = engine.create_execution_context()
             if context is None:
                 raise EngineError("there is not enough GPU memory for the engine")
-            # The profile of small images: the golden pair is one.
+            # The profile for small images, such as the golden pair.
             if not context.set_optimization_profile_async(0, driver.stream.value):
                 raise EngineError("TensorRT does not select the engine's first profile")
             yield cls(context, driver)
@@ -89,7 +89,7 @@ class _Plan:
         shape = tuple(self._context.get_tensor_shape(FLOW_OUTPUT))
         if shape != flow.shape:
             raise EngineError(f"TensorRT's flow has the shape {shape} instead of {flow.shape}")
-        # Triton allocates this much for an output whose size it does not know beforehand.
+        # Triton allocates this size for an output whose size is not known in advance.
         largest = MAX_BATCH_SIZE * BATCH_EDGE**2 * 2 * flow.itemsize
         if (bound := self._context.get_max_output_size(FLOW_OUTPUT)) > largest:
             logger.warning("TensorRT's bound of the flow's size is %d, not %d B", bound, largest)
@@ -103,7 +103,7 @@ class _Plan:
 
 
 class _Driver:
-    """As much of the CUDA driver as a plan needs; memory is freed when its block ends."""
+    """The CUDA driver's functions that a plan needs; memory is freed when the block ends."""
 
     def __enter__(self) -> "_Driver":
         self._cuda = ctypes.CDLL("libcuda.so.1")
@@ -111,7 +111,7 @@ class _Driver:
         self._device, context, self.stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", ctypes.byref(self._device), 0)
-        # The context that TensorRT uses too.
+        # TensorRT uses this context too.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
         self._call("cuCtxSetCurrent", context)
         self._call("cuStreamCreate", ctypes.byref(self.stream), 0)
@@ -148,7 +148,7 @@ class _Driver:
         )
 
     def synchronize(self) -> None:
-        """Wait until the stream has run."""
+        """Wait until the stream has finished."""
         self._call("cuStreamSynchronize", self.stream)
 
     def _call(self, function: str, *arguments: Any) -> None:

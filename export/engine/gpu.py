@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from flownet2.errors import Error
 
-MINIMUM_CAPABILITY = (7, 5)  # Turing: of TensorRT 11, of CUDA 13, and of the plugins' kernels
+MINIMUM_CAPABILITY = (7, 5)  # Turing, the minimum of TensorRT 11, CUDA 13 and the plugins' kernels
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
 class EngineError(Error):
-    """Raised when this machine has no GPU that fits, or no engine can be built for it."""
+    """Raised when this machine has no suitable GPU, or no engine can be built for it."""
 
 
 class NoDriver(EngineError):
@@ -31,11 +31,11 @@ def find_gpu(cuda: int | None = None) -> Gpu:
     """Return the GPU that can serve on this machine.
 
     Args:
-        cuda: major version of CUDA that the driver must support. By default the one of the
-            container: NVIDIA's images set CUDA_VERSION.
+        cuda: major version of CUDA that the driver must support. Default: the container's, which
+            NVIDIA's images set as CUDA_VERSION.
 
     Raises:
-        EngineError: there is no GPU, it is too old, or its driver is.
+        EngineError: there is no GPU, or the GPU or its driver is too old.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")

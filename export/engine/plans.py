@@ -1,8 +1,8 @@
 """Plan files, TensorRT's serialised engines, beside a model's network.
 
-A plan fits one GPU type, one TensorRT, one plugin and one network. Its name has a hash of all of
-them, so that plans for several GPU types can share a volume. ``model.plan`` is a link to the one in
-use.
+A plan fits one GPU type, one TensorRT, one plugin and one network. Its name contains a hash of all
+of them, so that plans for several GPU types can share a volume. ``model.plan`` is a link to the
+plan in use.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 from export.engine.gpu import EngineError, Gpu
 from export.repository import replacing
 
-KEPT_PLANS = 2  # with the one in use
+KEPT_PLANS = 2  # including the plan in use
 LINK = "model.plan"
 
 

@@ -1,7 +1,7 @@
 """The FlowNet 2.0 networks in PyTorch.
 
-Every block exists once; a network is a line in :data:`NETWORKS`: which blocks follow each other,
-and how wide they are.
+Every block exists once; a network is a line in :data:`NETWORKS` that gives the order and the width
+of its blocks.
 """
 
 from export.networks.blocks import Conv, EncoderDecoder, FlowNetC

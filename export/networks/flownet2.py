@@ -1,4 +1,4 @@
-"""A whole network, with Caffe's semantics unless its weights need others."""
+"""A complete network, with Caffe's semantics unless its weights need different ones."""
 
 from collections.abc import Mapping
 

@@ -82,8 +82,8 @@ def banded_correlation(
     """Compute :func:`correlation` in standard operators: one batched matrix product for each dy.
 
     Each product compares every column of a row with every column of another row. The diagonals
-    within reach are the cost volume, cut out by a reshape. (441 shifted products, or one product
-    over all pairs of positions, take several times as long.)
+    within the maximum displacement form the cost volume; a reshape extracts them. (441 shifted
+    products, or one product over all pairs of positions, take several times as long.)
     """
     height, width = a.shape[2:]
     radius = max_displacement // stride2

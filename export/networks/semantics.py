@@ -1,4 +1,4 @@
-"""How the framework that trained a network treats images and flow around its convolutions."""
+"""Treatment of images and flow around the convolutions, by the framework that trained a network."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,16 +6,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Semantics:
-    """What differs between the frameworks that train FlowNet networks; the defaults are Caffe's.
+    """Differences between the frameworks that train FlowNet networks; the defaults are Caffe's.
 
     Attributes:
         mean: per-channel mean subtracted from the images: "stored" with the weights, of all pixels
             of the "pair", or of each "image".
         edge_warp: the warp clamps points outside the image to its edge; Caffe's returns zero.
-        aligned: flow is upsampled between the networks with the corners aligned, not the pixels'
-            centres.
-        resized: images are resized to multiples of 64; otherwise the decoders crop what they
-            upsample to the size of the encoder's features.
+        aligned: flow is upsampled between the networks with aligned corners; otherwise with aligned
+            centres of the pixels.
+        resized: images are resized to multiples of 64; otherwise the decoders crop upsampled
+            features and flow to the size of the encoder's features.
     """
 
     mean: Literal["stored", "pair", "image"] = "stored"
@@ -24,7 +24,7 @@ class Semantics:
     resized: bool = True
 
     def metadata(self) -> dict[str, str]:
-        """Return what differs from Caffe's semantics, as metadata of an ONNX file."""
+        """Return the differences from Caffe's semantics, as metadata of an ONNX file."""
         entries = {
             "mean": (self.mean, "stored"),
             "warp": ("edge" if self.edge_warp else "zero", "zero"),

@@ -1,8 +1,8 @@
 """Reading and writing of weight files.
 
-Readable are Caffe's ``.caffemodel`` and ``.caffemodel.h5`` of the original release, PyTorch
+The readers take Caffe's ``.caffemodel`` and ``.caffemodel.h5`` of the original release, PyTorch
 checkpoints of the projects in :mod:`export.weights.sources`, and our own ``.safetensors``. The
-content decides what kind a file is. Nothing in a file is executed.
+content of a file determines its kind. Nothing in a file is executed.
 """
 
 from export.weights.file import Layer, WeightFile, WeightsError

@@ -10,7 +10,7 @@ import pooch
 from export.weights.file import WeightsError
 
 BASE_URL = "https://lmb.informatik.uni-freiburg.de/resources/binaries/flownet2"
-ARCHIVES = {  # the other networks are in the first one
+ARCHIVES = {  # the first archive also holds the other networks
     "FlowNet2": "flownet2-models.tar.gz",
     "FlowNet2-KITTI": "flownet2-models-kitti.tar.gz",
     "FlowNet2-Sintel": "flownet2-models-sintel.tar.gz",
@@ -19,10 +19,10 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def official_weights(network: str, folder: Path, base_url: str = BASE_URL) -> Path:
-    """The official weights file of a network, in `folder`; downloads only what is not there.
+    """Return a network's official weights file in `folder`; download it if it is missing.
 
-    The SHA-256 of an archive is written to ``SHA256SUMS`` when it is first seen, and the archive is
-    held against it ever after.
+    The SHA-256 of an archive is written to ``SHA256SUMS`` at the first download, and later archives
+    are compared with it.
 
     Raises:
         WeightsError: the archive cannot be downloaded or read, or holds no such network.
@@ -41,7 +41,7 @@ def official_weights(network: str, folder: Path, base_url: str = BASE_URL) -> Pa
     http = pooch.HTTPDownloader(progressbar=True, chunk_size=2**20, timeout=60)
     try:
         path = Path(downloads.fetch(archive, downloader=http))
-    except (OSError, ValueError) as error:  # no connection, a status; another checksum
+    except (OSError, ValueError) as error:  # no connection or an error status; a different checksum
         raise WeightsError(f"{base_url}/{archive}: {error}") from error
     weights = _extract(path, [f"{network}/{name}" for name in names])
     if archive not in known:
@@ -51,7 +51,7 @@ def official_weights(network: str, folder: Path, base_url: str = BASE_URL) -> Pa
 
 
 def _extract(archive: Path, members: list[str]) -> Path:
-    """Take the first of the members out of an archive, to beside it; nothing else is written."""
+    """Extract the first of the members that an archive has into its folder, and nothing else."""
     try:
         with tarfile.open(archive) as tar:
             for member in tar:

@@ -1,4 +1,4 @@
-"""Result of every reader: the layers of a weights file under the names that the file uses."""
+"""Result of every reader: the layers of a weights file, by the names in the file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ AUTHORS_LICENSE = "research only (FlowNet 2.0 release)"
 
 
 class WeightsError(Error):
-    """A weights file cannot be read, or holds another network; the message says which."""
+    """Raised for a weights file that cannot be read, or that holds another network."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class WeightFile:
     Attributes:
         names: returns the names of a layer of a network's block in this kind of file.
         source: where the weights come from.
-        description: kind of file and what is special about its network, for the log.
+        description: kind of file and special features of its network, for the log.
         mean1, mean2: stored per-channel means (BGR, 0..1); None if `semantics` computes them.
         rgb: whether the first convolutions read RGB.
         summed_correlation: whether FlowNetC's correlation is the sum over channels, not the mean.

@@ -20,7 +20,8 @@ def load_weights(network: Network, path: Path) -> tuple[FlowNet2, WeightFile]:
     """Build a network with the weights of a file.
 
     Raises:
-        WeightsError: the file is unreadable, or is not of this network; in one line.
+        WeightsError: the file is unreadable, or belongs to another network; the message is one
+            line.
     """
     file = read_weights(path)
     problems = differences(network, file)
@@ -56,10 +57,10 @@ def load_weights(network: Network, path: Path) -> tuple[FlowNet2, WeightFile]:
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read a weights file; its content decides what kind it is.
+    """Read a weights file; its content determines its kind.
 
     Raises:
-        WeightsError: the file does not exist or is none of these kinds.
+        WeightsError: the file does not exist or has no supported format.
     """
     try:
         with path.open("rb") as stream:
@@ -78,7 +79,7 @@ def read_weights(path: Path) -> WeightFile:
 
 
 def _not_weights(path: Path, head: bytes) -> str | None:
-    """Recognise what downloads leave in place of a weights file."""
+    """Describe a file that a failed or wrong download left in place of a weights file."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "is a web page: open the link in a browser to download the file itself"
@@ -92,7 +93,7 @@ def _not_weights(path: Path, head: bytes) -> str | None:
 
 
 def _archive(path: Path) -> str | None:
-    """Name an archive with files to extract; PyTorch's own zip files are None."""
+    """Describe an archive that has to be extracted first; None for PyTorch's own zip files."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -138,12 +139,14 @@ def _find(network: Network, file: WeightFile, block: str, layer: str) -> Layer |
 
 
 def _likeness(file: WeightFile) -> str:
-    """Name the networks that a file differs least from."""
+    """Name the networks that a file matches best."""
     counts = {name: len(differences(network, file)) for name, network in NETWORKS.items()}
     least = min(counts.values())
     alike = " or ".join(name for name, count in counts.items() if count == least)
     return (
-        f"it looks like {alike}" if least < len(file.layers) // 2 else "it looks like none of ours"
+        f"it looks like {alike}"
+        if least < len(file.layers) // 2
+        else "it looks like no network of ours"
     )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch projects whose checkpoints are read, as a table: names, input and semantics of each."""
+"""Table of the PyTorch projects whose checkpoints can be read: names, input and semantics."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ def mmflow_names(network: Network, block: str, layer: str) -> tuple[str, ...]:
     if layer == "conv0" and kind == "sd":
         return (f"{prefix}encoder.plugin_layer.conv",)
     name, level, second = re.fullmatch(r"(\D+)(\d)(_1)?", layer).groups()  # type: ignore[union-attr]
-    number = int(level) + (kind == "fusion")  # Fusion counts levels from 1
+    number = int(level) + (kind == "fusion")  # Fusion numbers its levels from 1
     if name == "conv":
         encoder, first, position = "encoder", 1, 1 if second else 0
         if kind == "C" and (number > 3 or second):
@@ -74,7 +74,7 @@ class Source:
         rgb: whether the first convolutions read RGB; ours read BGR.
         mean: per-channel mean (BGR, 0..1) if `semantics` subtracts a stored one.
         summed_correlation: whether the correlation is the sum over channels; ours is the mean.
-        units: pixels in a unit of a block's predictions, for blocks where ours differs.
+        units: pixels in a unit of a block's predictions, for blocks whose unit differs from ours.
     """
 
     name: str
@@ -131,7 +131,7 @@ def find_source(checkpoint: Mapping[str, Any], state: Mapping[str, Any], file: s
     Args:
         checkpoint: contents of the file.
         state: tensors by name, without prefixes.
-        file: name of the file; FlowNetPytorch tells its conversion from Caffe by it alone.
+        file: name of the file, which alone identifies FlowNetPytorch's conversion from Caffe.
     """
     if any(".pred_out" in name for name in state):
         return MMFLOW

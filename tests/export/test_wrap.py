@@ -127,7 +127,7 @@ def test_opset_is_one_that_every_engine_reads(opset: int, becomes: int, tmp_path
     [
         ({"second_output": True}, None, "name the output .* coarse .* flow"),
         ({}, "other", "name the output"),
-        ({"tensor": "double"}, None, "needed are two float images"),
+        ({"tensor": "double"}, None, "needs two float images"),
     ],
 )
 def test_what_is_no_such_network_is_named(
