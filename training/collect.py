@@ -2,10 +2,11 @@
 
     python -m training.collect --out runs/textures
 
-downloads Debian packages with ``apt-get download`` (nothing is installed, no root needed), unpacks
-them into a temporary folder, and writes their usable pictures to ``training/`` and ``held-out/``
-(other packages): ``photos/*.jpg`` and ``cutouts/*.png`` in each, with ``sources.txt``. The pictures
-are not part of the repository. Without them the generator uses procedural textures.
+downloads Debian packages with ``apt-get download`` (it installs nothing and needs no root) and
+unpacks them into a temporary folder. It writes their usable pictures to ``training/`` and, from
+other packages, to ``held-out/``: ``photos/*.jpg`` and ``cutouts/*.png`` in each, with
+``sources.txt``. The pictures are not part of the repository. Without them the generator uses
+procedural textures.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ PACKAGES = {
 PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 LEAST_PHOTO, LARGEST_PHOTO = 320, 1440  # pixels, the shorter side
 LEAST_CUTOUT, LARGEST_CUTOUT = 64, 384  # the shorter and the longer side
-LEAST_TEXTURE = 4.0  # mean difference of neighbouring grey values, both directions added
+LEAST_TEXTURE = 4.0  # mean difference of neighbouring grey values, summed over both directions
 
 
 def unpack(package: str, folder: Path) -> None:
-    """Download a Debian package and unpack it, and the game archives in it, into `folder`."""
+    """Download a Debian package, and unpack it and the game archives in it into `folder`."""
     folder.mkdir()
     try:
         subprocess.run(["apt-get", "download", package], cwd=folder, check=True)  # noqa: S603, S607
@@ -62,7 +63,7 @@ def unpack(package: str, folder: Path) -> None:
 
 
 def pictures(folder: Path) -> Iterator[Path]:
-    """Yield the pictures below a folder except normal maps; of several sizes only the largest."""
+    """Yield the pictures below a folder except normal maps, each in its largest size only."""
     largest: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURES and path.is_file() and not path.is_symlink():
@@ -103,7 +104,7 @@ def collect(package: str, unpacked: Path, target: Path) -> tuple[int, int]:
         try:
             with Image.open(path) as opened:
                 picture = opened.convert("RGBA")
-        except OSError:  # damaged, or a format that Pillow does not read
+        except OSError:  # damaged, or in a format that Pillow does not read
             continue
         cutout = picture.getchannel("A").getextrema()[0] == 0
         usable = usable_cutout(picture) if cutout else usable_photo(picture)
@@ -119,7 +120,7 @@ def collect(package: str, unpacked: Path, target: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.collect", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/textures"))
     arguments = parser.parse_args()

@@ -17,21 +17,21 @@ RADIUS = 10  # in steps of two cells
 
 
 def _split(features: Tensor) -> Tensor:
-    """[N, C, H, W] to [4 N, H/2 * W/2, C], by parity of row and column."""
+    """Split [N, C, H, W] by parity of row and column: [4 N, H/2 * W/2, C]."""
     count, channels, height, width = features.shape
     split = features.view(count, channels, height // 2, 2, width // 2, 2)
     return split.permute(0, 3, 5, 2, 4, 1).reshape(count * 4, -1, channels)
 
 
 def _window(padded: Tensor, height: int, width: int) -> Tensor:
-    """View [..., y, x, i, j] of [M, y, x, h + 20, w + 20] at (y + i, x + j)."""
+    """View [M, y, x, h + 20, w + 20] as [..., y, x, i, j], the element at (y + i, x + j)."""
     m, y, x, q, p = padded.stride()
     side = 2 * RADIUS + 1
     return padded.as_strided((len(padded), height, width, side, side), (m, y + q, x + p, q, p))
 
 
 class _Cut(torch.autograd.Function):
-    """All-pairs product [M, h, w, h, w] to its window [M, h, w, 441]; zero outside the map."""
+    """Cut the window [M, h, w, 441] out of a product [M, h, w, h, w]; zero outside the map."""
 
     @staticmethod
     def forward(context: Any, product: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ ROTATION = math.radians(17)
 SCALE = (0.9, 2.0)
 RELATIVE_ROTATION, RELATIVE_SCALE, RELATIVE_SHIFT = math.radians(2), 0.03, 4.0
 ATTEMPTS = 50  # to place a transformed crop inside the image
-HELD_OUT_PAIRS = 32  # at most, of each dataset
+HELD_OUT_PAIRS = 32  # at most, from each dataset
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_sources(arguments: Sequence[tuple[str, str]], holdout: float) -> list[S
 
     Args:
         arguments: name and `DIR` or `DIR:SHARE` of each dataset. Datasets without a share divide
-            equally what the others leave; what then is left is the generator's.
+            the remaining share equally. Whatever share then remains is rendered by the generator.
         holdout: share of the sequences of each dataset that is held out for validation; at least
             one sequence if there are two.
 
@@ -126,9 +126,8 @@ def load_crops(
 def augment(pair: Pair, crop: tuple[int, int], random: torch.Generator) -> Crop:
     """Cut a transformed crop out of a pair.
 
-    Pixel p of the crop shows point T p of the first frame, in which it may also be mirrored, and
-    point T D p of the second. So where the true flow takes T p to r, the crop's flow takes p to
-    (T D)^-1 r.
+    Pixel p of the crop shows point T p of the first frame (T may mirror it) and point T D p of the
+    second. If the true flow moves T p to r, the crop's flow moves p to (T D)^-1 r.
     """
     height, width = pair.flow.shape[:2]
     transform = _placed(crop, (height, width), random)
@@ -158,7 +157,7 @@ def augment(pair: Pair, crop: tuple[int, int], random: torch.Generator) -> Crop:
             F.grid_sample(pixels[None], grid[None], padding_mode="border", align_corners=False)[0]
         )
     source = torch.einsum("ij,jhw->ihw", transform[:2], points)
-    # The nearest vector, not an interpolated one: true flow may be sparse, and has edges.
+    # Take the nearest vector without interpolation, because true flow may be sparse and has edges.
     column, row = source.round().long()
     inside = (column >= 0) & (row >= 0) & (column < width) & (row < height)
     index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).flatten()
@@ -180,8 +179,10 @@ def augment(pair: Pair, crop: tuple[int, int], random: torch.Generator) -> Crop:
 
 
 def _placed(crop: tuple[int, int], size: tuple[int, int], random: torch.Generator) -> Tensor:
-    """Return a transformation from a crop to an image, all of the crop inside the image if a few
-    attempts find one: [3, 3]."""
+    """Return a random transformation [3, 3] from a crop to an image.
+
+    The whole crop lies inside the image if a few attempts find such a transformation.
+    """
     least = max(crop[0] / size[0], crop[1] / size[1])
     centre = (crop[1] / 2, crop[0] / 2)
     mirror = -1.0 if _uniform(random, 0, 1) < 0.5 else 1.0
@@ -210,7 +211,7 @@ def _affine(
     centre: tuple[float, float],
     target: tuple[float, float],
 ) -> Tensor:
-    """Rotate and scale about `centre`, mirror x, and move `centre` to `target`: [3, 3]."""
+    """Return the matrix [3, 3] that rotates, scales and mirrors, and moves `centre` to `target`."""
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     linear = torch.tensor([[cos * mirror, -sin], [sin * mirror, cos]], dtype=torch.float64)
     shift = torch.tensor(target, dtype=torch.float64) - linear @ torch.tensor(

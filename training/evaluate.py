@@ -2,10 +2,11 @@
 
     python -m training.evaluate --pairs DIR [--model model.onnx …] [--pictures DIR]
 
-prints one table: the end-point error of each pair, of each family and over all; if occlusions are
-known, also of visible and occluded pixels and of visible pixels by length of motion; then the share
-of pixels off by more than 3 pixels, and the milliseconds per pair. `--pictures` writes first frame,
-ground truth and the flow of every method side by side in Middlebury's colours.
+prints a table with the end-point error of each pair, each family and all pairs. If occlusions are
+known, it has rows for visible and occluded pixels, and for visible pixels by length of motion. The
+last rows are the share of pixels off by more than 3 pixels, and the milliseconds per pair.
+`--pictures` writes first frame, ground truth and the flow of every method side by side in
+Middlebury's colours.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Method = Callable[[Image8, Image8], Flow]
 
 SPEEDS = (2.0, 10.0, 40.0)
 """Lengths of true motion, in pixels, between the rows of visible pixels."""
-opencv: Any = cv2  # its type stubs leave out half of what is used here
+opencv: Any = cv2  # its type stubs lack half of the functions used here
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Score:
 
     Attributes:
         errors: over all pixels with ground truth.
-        visible: over those of them that are visible in both frames, if occlusions are known.
+        visible: over the pixels that are visible in both frames, if occlusions are known.
         milliseconds: time of the method.
     """
 
@@ -57,7 +58,7 @@ class Score:
         return self.errors.mean() or 0.0
 
 
-# Rows of the table where occlusions are known: title, whether of visible pixels alone, and group.
+# Rows of the table if occlusions are known: title, True for visible pixels only, and group.
 _ROWS = (
     ("visible", True, "all"),
     ("occluded", False, "occluded"),
@@ -79,7 +80,7 @@ def score(flow: Flow, pair: Pair, milliseconds: float = 0.0) -> Score:
 
 
 def _gray(method: Method) -> Method:
-    """A method for grey images, given RGB ones."""
+    """Return a method for RGB images that converts them to grey first."""
 
     def on_colour(first: Image8, second: Image8) -> Flow:
         return method(
@@ -91,7 +92,7 @@ def _gray(method: Method) -> Method:
 
 
 def opencv_methods() -> dict[str, Method]:
-    """OpenCV's classical methods by name."""
+    """Return OpenCV's classical methods by name."""
     fast = opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_FAST)
     medium = opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_MEDIUM)
     deep = opencv.optflow.createOptFlow_DeepFlow()
@@ -109,7 +110,7 @@ def opencv_methods() -> dict[str, Method]:
 
 
 def onnx_method(path: Path) -> Method:
-    """An exported network: uint8 [N, H, W, 3] twice to float32 [N, H, W, 2], in ONNX Runtime."""
+    """Load an exported network (two uint8 [N, H, W, 3] to float32 [N, H, W, 2])."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(first: Image8, second: Image8) -> Flow:
@@ -122,7 +123,7 @@ def onnx_method(path: Path) -> Method:
 
 
 def evaluate(pairs: list[Pair], methods: dict[str, Method]) -> dict[str, dict[str, Score]]:
-    """Scores by method and pair. Each method first runs once without being timed."""
+    """Return the scores by method and pair. Each method first runs once without being timed."""
     scores: dict[str, dict[str, Score]] = {}
     for name, method in methods.items():
         method(*pairs[0].frames)
@@ -136,7 +137,7 @@ def evaluate(pairs: list[Pair], methods: dict[str, Method]) -> dict[str, dict[st
 
 
 def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
-    """A Markdown table of the scores."""
+    """Return a Markdown table of the scores."""
     lines = ["| end-point error | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
 
     def row(title: str, cell: Callable[[dict[str, Score]], str]) -> None:
@@ -184,7 +185,7 @@ def table(pairs: list[Pair], scores: dict[str, dict[str, Score]]) -> str:
 
 
 def picture(pair: Pair, methods: dict[str, Method]) -> Image8:
-    """First frame, true flow and each method's flow in a row, coloured on one scale."""
+    """Draw the first frame, the true flow and each method's flow in a row, on one colour scale."""
     longest = float(np.hypot(*np.moveaxis(pair.flow, 2, 0))[pair.valid].max())
     truth = colours(pair.flow, longest)
     truth[~pair.valid] = 0
@@ -194,7 +195,7 @@ def picture(pair: Pair, methods: dict[str, Method]) -> Image8:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--pairs", type=Path, required=True, help="folder of folders of pairs")
     parser.add_argument(
@@ -205,7 +206,7 @@ def main() -> None:
     pairs = list(read_pairs(arguments.pairs))
     methods = opencv_methods()
     for path in arguments.model:
-        # Exported models lie in <name>/1/model.onnx.
+        # The path of an exported model is <name>/1/model.onnx.
         name = path.parent.parent.name if path.stem == "model" else path.stem
         methods[name or path.stem] = onnx_method(path)
     print(table(pairs, evaluate(pairs, methods)))

@@ -67,7 +67,7 @@ class Mixture:
 
     def kind(self, index: int) -> tuple[float, bool]:
         """Return scale of the motions and whether the scene is a driving one, for a batch."""
-        # Multiples of the golden ratio spread the kinds evenly over any range of batches.
+        # Multiples of the golden ratio distribute the kinds evenly over any range of batches.
         position = index * 0.6180339887498949 % 1
         if position < self.small:
             return SMALL_MOTIONS, False
@@ -79,7 +79,7 @@ class Mixture:
 
 
 class _Random:
-    """Draws of shape [count] from one CPU generator, in double precision."""
+    """Random draws of shape [count] from one CPU generator, in double precision."""
 
     def __init__(self, seed: int, count: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ class _Random:
 
 
 def _matrix(rows: list[list[Tensor | float]], count: int) -> Tensor:
-    """[count, 3, 3] float64 from nine tensors of shape [count] or numbers."""
+    """Return [count, 3, 3] float64 from nine entries, tensors of shape [count] or numbers."""
     return torch.stack(
         [
             torch.stack([torch.as_tensor(e, dtype=torch.float64).expand(count) for e in row], -1)
@@ -113,7 +113,7 @@ def _matrix(rows: list[list[Tensor | float]], count: int) -> Tensor:
 def _similarity(
     centre: tuple[Tensor, Tensor], shift: tuple[Tensor, Tensor], angle: Tensor, scale: Tensor
 ) -> Tensor:
-    """Rotation and scaling about `centre`, then a shift: [N, 3, 3]."""
+    """Return a rotation and scaling about `centre`, followed by a shift: [N, 3, 3]."""
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     x, y = centre
     return _matrix(
@@ -129,7 +129,7 @@ def _similarity(
 def _texture_map(
     centre: tuple[Tensor, Tensor], angle: Tensor, half_width: Tensor, half_height: Tensor
 ) -> Tensor:
-    """Canonical pixels to normalised texture coordinates (-1..1 across the texture)."""
+    """Return the map from canonical pixels to texture coordinates (-1..1 across the texture)."""
     cos, sin = torch.cos(angle), torch.sin(angle)
     x, y = centre
     return _matrix(
@@ -143,7 +143,7 @@ def _texture_map(
 
 
 def _shift(random: _Random, median: float, spread: float) -> tuple[Tensor, Tensor]:
-    """A shift in a random direction with log-normal length, cut at 200 pixels."""
+    """Draw shifts in random directions with log-normal lengths, clipped at 200 pixels."""
     length = (median * torch.exp(spread * random.normal())).clamp(max=200.0)
     direction = random.uniform(0, 2 * math.pi)
     return length * torch.cos(direction), length * torch.sin(direction)
@@ -155,12 +155,12 @@ class _Layer:
     texture_map: Tensor  # A, [N, 3, 3]
     motion: Tensor  # M, [N, 3, 3]
     bend: Tensor | None  # w, [N, 2, H, W]
-    # Of a plane that its reflected texture covers: bounds in texture coordinates, [N, axis, 2].
+    # Bounds of a plane covered by reflections of its texture, in texture coordinates, [N, axis, 2].
     window: Tensor | None = None
 
 
 def _bend(random: _Random, height: int, width: int, size: float, device: torch.device) -> Tensor:
-    """A smooth field of displacements in pixels, [N, 2, H, W], some of them zero."""
+    """Draw smooth fields of displacements in pixels, [N, 2, H, W]; some fields are zero."""
     cells = (random.count, 2, 3 + height // 96, 3 + width // 96)
     coarse = torch.randn(cells, generator=random.generator)
     strength = size * torch.exp(0.7 * random.normal()) * random.chance(0.6)
@@ -172,11 +172,11 @@ def _bend(random: _Random, height: int, width: int, size: float, device: torch.d
 
 
 def _camera(random: _Random, height: int, width: int, displacement: float) -> Tensor:
-    """Homographies R + t n^T / d of a plane seen by a camera that turns and moves (Hartley and
-    Zisserman, Multiple View Geometry, eq. 13.2): [N, 3, 3].
+    """Draw homographies R + t n^T / d [N, 3, 3] of a plane seen by a camera that turns and moves.
 
+    See Hartley and Zisserman, Multiple View Geometry, eq. 13.2.
     The focal length is the image's width. The plane is slanted by up to some 50 degrees, so that
-    its near parts move farther than its far ones; all of it lies before the camera.
+    its near parts move farther than its far parts. All of it is in front of the camera.
     """
     slant = [random.normal().mul(0.5).clamp(-0.9, 0.9) for _ in range(2)]
     normal = _matrix([[slant[0], slant[1], 1.0]], random.count)
@@ -206,7 +206,7 @@ def _background(
     half = TILE_SIZE / 2 / random.uniform(0.55, 1.15)
     texture_map = _texture_map(centre, random.uniform(0, 2 * math.pi), half, half)
     bend = _bend(random, height, width, 1.5 * displacement, tiles.device)
-    # Two photographs mixed, now and then, double the variety.
+    # Sometimes two photographs are mixed, for more variety.
     mix = (random.uniform(0.2, 0.5) * random.chance(0.25)).float().to(tiles.device)
     texture = torch.lerp(tiles, tiles.roll(1, 0), mix.view(-1, 1, 1, 1))
     return _Layer(texture, texture_map, motion @ camera, bend)
@@ -244,7 +244,7 @@ def _object(
 
 
 def _object_texture(random: _Random, textures: TextureSource, tiles: Tensor, size: int) -> Tensor:
-    """Cut-outs with their own colours or a photograph's, times alpha, and alpha: [N, 4, S, S]."""
+    """Draw cut-outs in their own or a photograph's colours, premultiplied: [N, 4, S, S]."""
     count = random.count
     drawn, colourless = textures.outlines(count, size, random.generator)
     outlines = drawn.to(tiles.device, non_blocking=True) / 255
@@ -266,11 +266,11 @@ def _driving(
     width: int,
     displacement: float,
 ) -> list[_Layer]:
-    """A road scene: far plane, ground, two walls, and objects on the ground, back to front.
+    """Draw road scenes: far plane, ground, two walls, and objects on the ground, back to front.
 
-    Every layer is a plane n X = d before a camera that moves forward and turns a little, so its
-    motion is the homography K (R + t n^T / d) K^-1. Lengths are in units of the depth of the ground
-    at the lower edge of the image.
+    Every layer is a plane n X = d in front of a camera that moves forward and turns slightly, so
+    its motion is the homography K (R + t n^T / d) K^-1. Lengths are in units of the depth of the
+    ground at the lower edge of the image.
     """
     count = random.count
     focal = width * random.uniform(0.55, 1.1)
@@ -368,7 +368,7 @@ def _driving(
 
 
 def _defocused(texture: Tensor, radius: int) -> Tensor:
-    """`texture` under a box filter of 2 radius + 1 pixels, twice along each axis."""
+    """Blur `texture` by a box filter of 2 radius + 1 pixels, twice along each axis."""
     for kernel in ((2 * radius + 1, 1), (1, 2 * radius + 1)) * 2:
         padding = (kernel[0] // 2, kernel[1] // 2)
         texture = F.avg_pool2d(texture, kernel, 1, padding, count_include_pad=False)
@@ -376,7 +376,7 @@ def _defocused(texture: Tensor, radius: int) -> Tensor:
 
 
 def _fogged(layers: list[_Layer], random: _Random) -> list[_Layer]:
-    """The layers behind a grey fog that is denser the farther back they are."""
+    """Return the layers in a grey fog that gets denser towards the back."""
     grey = random.uniform(0.4, 0.9).float().view(-1, 1, 1, 1)
     density = random.uniform(0.3, 0.8).float().view(-1, 1, 1, 1)
     fogged = []
@@ -392,10 +392,12 @@ def _fogged(layers: list[_Layer], random: _Random) -> list[_Layer]:
 def _project(
     matrix: Tensor, height: int, width: int, bend: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Pixels (moved by `bend` first) under [N, 3, 3] float64 homographies: [N, H, W, 2] float32,
-    `BEHIND` where the plane is not in front of the camera.
+    """Map pixels, moved by `bend` first, by homographies ([N, 3, 3] float64).
 
-    Written out by rows, columns and bend: a matrix product with three columns is slow everywhere.
+    Returns [N, H, W, 2] float32, `BEHIND` where the plane is not in front of the camera.
+
+    The product is written out by rows, columns and bend, because a matrix product with three
+    columns is slow on every device.
     """
     affine = bool((matrix[:, 2, :2] == 0).all())
     entries = matrix[:, : 2 if affine else 3].to(device, torch.float32)
@@ -415,7 +417,7 @@ def _project(
 
 
 def _composite(layers: list[_Layer], sampling: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Image [N, 3, H, W] in 0..1 and each object's alpha [N, H, W], back to front."""
+    """Return the image [N, 3, H, W] in 0..1 and each object's alpha [N, H, W], back to front."""
     image = F.grid_sample(
         layers[0].texture,
         sampling[0],
@@ -440,7 +442,7 @@ def _composite(layers: list[_Layer], sampling: list[Tensor]) -> tuple[Tensor, li
 
 
 def _top_layer(alphas: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Index of the front-most layer that is more than half opaque, int64 [N, H, W]."""
+    """Return the index of the front-most layer that is more than half opaque, int64 [N, H, W]."""
     index = torch.zeros(shape, dtype=torch.int64, device=device)
     for number, alpha in enumerate(alphas, start=1):
         index[alpha > 0.5] = number
@@ -448,15 +450,17 @@ def _top_layer(alphas: list[Tensor], shape: tuple[int, int, int], device: torch.
 
 
 def _render_layers(layers: list[_Layer], height: int, width: int, shutter: Tensor | None) -> Scenes:
-    """Both frames of layers, back to front, and their flow; `shutter` [N] is the share of the
-    motion that passes during an exposure."""
+    """Render both frames of layers (back to front) with their flow.
+
+    `shutter` [N] is the share of the motion that happens during an exposure.
+    """
     identity = torch.eye(3, dtype=torch.float64)
     device, count = layers[0].texture.device, len(layers[0].texture)
     frames = torch.zeros(2, count, 3, height, width, device=device)
     tops: list[Tensor] = []
     times = (0.0,) if shutter is None else (0.0, -0.5, 0.5)
     for time in times:
-        # During the exposure every layer moves on by a part of its motion.
+        # During the exposure every layer continues its motion by this share.
         share = 0.0 if shutter is None else (time * shutter).view(-1, 1, 1)
         drifts = [identity + (layer.motion - identity) * share for layer in layers]
         for frame in range(2):
@@ -527,7 +531,7 @@ def compose(
     effects: bool = True,
     device: torch.device | str = "cpu",
 ) -> tuple[list[_Layer], Tensor | None]:
-    """The layers of :func:`render`, back to front, and the shutter if there is motion blur."""
+    """Draw the layers of :func:`render`, back to front, and the shutter if there is motion blur."""
     random = _Random(seed, count)
     drawn = textures.tiles(count, random.generator)
     tiles = drawn.to(device, non_blocking=True).float() / 255

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV file, whose header are the keys of the first row."""
+    """Append a row to a CSV file; the keys of the first row are its header."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row))
@@ -19,7 +19,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def print_progress(progress: float, elapsed: float, step: int, state: str) -> None:
-    """Print a progress bar with the time left; on a terminal it replaces the one before."""
+    """Print a progress bar with the time left; on a terminal it replaces the previous bar."""
     left = max(0.0, elapsed / progress - elapsed)
     done = int(30 * min(1.0, progress))
     print(

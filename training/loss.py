@@ -40,12 +40,12 @@ def average_down(flow: Tensor, valid: Tensor, size: Sequence[int]) -> tuple[Tens
 
 
 def mean_over(error: Tensor, cells: Tensor) -> Tensor:
-    """Mean of an error [N, h, w] over marked cells [N, h, w]; 0 if none is marked."""
+    """Return the mean of an error [N, h, w] over marked cells [N, h, w]; 0 if no cell is marked."""
     return (error * cells).sum() / cells.sum().clamp(min=1)
 
 
 def endpoint_error(prediction: Tensor, flow: Tensor, valid: Tensor) -> Tensor:
-    """Mean Euclidean distance of a prediction [N, 2, h, w] from a finer flow [N, 2, H, W]."""
+    """Return the mean distance of a prediction [N, 2, h, w] from a finer flow [N, 2, H, W]."""
     truth, cells = average_down(flow, valid, prediction.shape[2:])
     return mean_over(torch.linalg.vector_norm(prediction.float() - truth, dim=1), cells)
 
@@ -59,19 +59,19 @@ def multiscale_loss(
     exponent: float = 1.0,
     robust_levels: int = 5,
 ) -> Tensor:
-    """Weighted end-point error over the levels of one network.
+    """Return the weighted end-point error over the levels of one network.
 
     Args:
         predictions: coarsest first, in units of `scale` pixels.
         flow: [N, 2, H, W] in pixels, zero where it is not `valid`; it is averaged down to the size
             of each level.
         valid: bool [N, H, W].
-        scale: pixels of a unit of the predictions.
-        weights: of the levels, coarsest first.
-        exponent: of the error at the `robust_levels` finest levels. Below 1 it gives small errors
-            more weight, as the paper's fine-tuning for small displacements does.
-        robust_levels: number of levels; the coarser ones have exponent 1, so that large errors
-            keep their weight where large motions are estimated.
+        scale: pixels in a unit of the predictions.
+        weights: weights of the levels, coarsest first.
+        exponent: exponent of the error at the `robust_levels` finest levels. Below 1 it gives small
+            errors more weight, as the paper's fine-tuning for small displacements does.
+        robust_levels: number of levels; coarser levels have exponent 1, so that large errors keep
+            their weight at the levels that estimate large motions.
     """
     total = torch.zeros((), device=flow.device)
     plain_levels = len(predictions) - robust_levels
@@ -79,7 +79,7 @@ def multiscale_loss(
         truth, cells = average_down(flow, valid, prediction.shape[2:])
         error = torch.linalg.vector_norm(prediction.float() - truth / scale, dim=1)
         if exponent != 1 and level >= plain_levels:
-            error = (error + 0.01) ** exponent  # the slope at zero stays finite
+            error = (error + 0.01) ** exponent  # keeps the slope at zero finite
         total = total + weight * mean_over(error, cells)
     return total
 
@@ -87,12 +87,13 @@ def multiscale_loss(
 def matching_loss(
     cost: Tensor, flow: Tensor, occluded: Tensor, no_match: Tensor, valid: Tensor
 ) -> Tensor:
-    """Cross-entropy of the cost volume against the true match (InfoNCE over 441 displacements).
+    """Return the cross-entropy of the cost volume and the true match (InfoNCE, 441 displacements).
 
-    The target of a visible cell is spread bilinearly over the four displacements around the true
-    one, that of an occluded cell is "no match", a logit `no_match` of its own; cells that move
-    beyond the volume and cells without a valid vector do not count. `cost` [N, 441, h, w] holds
-    logits; `flow` [N, 2, 8h, 8w] in pixels; `occluded` and `valid` [N, 8h, 8w].
+    The target of a visible cell is distributed bilinearly over the four displacements around the
+    true displacement. The target of an occluded cell is "no match", which has a separate logit
+    `no_match`. Cells that move beyond the volume and cells without a valid vector are ignored.
+    `cost` [N, 441, h, w] holds logits; `flow` [N, 2, 8h, 8w] in pixels; `occluded` and `valid` [N,
+    8h, 8w].
     """
     count, _, height, width = cost.shape
     logits = cost.float().permute(0, 2, 3, 1).reshape(-1, cost.shape[1])

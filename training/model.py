@@ -1,9 +1,9 @@
 """FlowNetC with a factored layer for training, and the initialisation of weights.
 
-FlowNetC reads its 441 correlation channels through a 3x3 convolution that takes three tenths of all
-arithmetic and whose weights for large displacements rarely see a match. In training the 441
-channels are first projected onto a smaller, learned basis of smooth bumps over the plane of
-displacements. Both steps are linear, so their product is the convolution of the original network.
+FlowNetC reads its 441 correlation channels through a 3x3 convolution. It takes three tenths of all
+arithmetic, and its weights for large displacements rarely see a match. In training the 441 channels
+are first projected onto a smaller, learned basis of smooth bumps over the plane of displacements.
+Both steps are linear, so their product is the convolution of the original network.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from export.networks import Conv, EncoderDecoder, FlowNet2, FlowNetC
 from training.cost import RADIUS, cost_volume
 
-FLOW_CHANNELS = (9, 10)  # of the inputs of a refining FlowNetS
+FLOW_CHANNELS = (9, 10)  # channels of the inputs of a refining FlowNetS
 
 
 def displacement_basis() -> Tensor:
-    """Return smooth functions of the displacement, [K, 441]: single steps near zero, wider bumps
-    farther out, and the moments 1, u and v."""
+    """Return smooth functions of the displacement, [K, 441].
+
+    They are single displacements near zero, wider bumps farther out, and the moments 1, u and v.
+    """
     axis = torch.arange(-RADIUS, RADIUS + 1).float()
     v, u = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
     rows = []
-    # (centres along each axis, width of the bump, radius left to the finer set)
+    # (centres along each axis, width of the bump, radius covered by the finer set)
     for centres, width, inner in (
         (range(-2, 3), 0.0, -1),
         (range(-6, 7, 2), 1.0, -1),
@@ -163,9 +165,10 @@ def initialise(block: nn.Module, seed: int) -> None:
 
 
 def initialise_from_data(parts: Iterable[nn.Module], forward: Callable[[], Any]) -> None:
-    """Scale each convolution of `parts` and its bias so that its output on one batch has mean 0
-    and deviation 1 in every channel (Salimans and Kingma, 2016), in the order in which `forward()`
-    runs them. Layers that predict or upsample flow stay as they are.
+    """Scale the convolutions of `parts` by their outputs on one batch (Salimans and Kingma, 2016).
+
+    Afterwards each output has mean 0 and deviation 1 in every channel. The convolutions are scaled
+    in the order in which `forward()` runs them. Layers that predict or upsample flow do not change.
     """
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -231,6 +234,6 @@ def carry_flow(block: EncoderDecoder) -> None:
 
 
 def channel_means(model: FlowNet2) -> None:
-    """Set the means that the network subtracts. All are equal, since training permutes colours."""
+    """Set the means that the network subtracts; all are equal, as training permutes colours."""
     model.mean1.fill_(0.45)
     model.mean2.fill_(0.45)

@@ -1,8 +1,8 @@
-"""Make the example that the page opens with: `python -m training.page samples/photo_0`.
+"""Make the example that the web page shows first: `python -m training.page samples/photo_0`.
 
 The service must be running. Writes gateway/web/sample/ (the pair as JPEG, and the service's
-response, its flow rounded to 1/16 pixel so that it compresses well) and samples/page.jpg, the
-screenshot in the README.
+response) and samples/page.jpg, the screenshot in the README. The flow is rounded to 1/16 pixel so
+that it compresses well.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def write_sample(pair: Path, url: str, folder: Path) -> None:
 
 
 def write_picture(url: str, file: Path) -> None:
-    """Write a screenshot of the page as it opens."""
+    """Write a screenshot of the page after it is opened."""
     from playwright.sync_api import sync_playwright  # noqa: PLC0415  needs a browser
 
     with sync_playwright() as playwright:
@@ -59,7 +59,7 @@ def write_picture(url: str, file: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.page", description=__doc__)
     parser.add_argument("pair", type=Path, help="folder with frame0.png and frame1.png")
     parser.add_argument("--url", default="http://127.0.0.1:5003", help="of the running service")

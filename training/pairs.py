@@ -27,7 +27,7 @@ class Pair:
 
     @property
     def family(self) -> str:
-        """The name up to the first underscore: `sintel` of `sintel_clean_alley_1_0001`."""
+        """Return the name up to the first underscore: `sintel` of `sintel_clean_alley_1_0001`."""
         return self.name.split("_")[0]
 
 
@@ -52,11 +52,12 @@ def read_sample(sample: Sample) -> Pair:
 
 
 def read_pairs(folder: Path) -> Iterator[Pair]:
-    """Read every pair below a folder, by name: folders with `frame0.*`, `frame1.*` and `gt.flo` or
-    `gt.png`.
+    """Return the pairs below a folder by name.
+
+    A pair is a folder with `frame0.*`, `frame1.*` and `gt.flo` or `gt.png`.
 
     Raises:
-        FormatError, DatasetError, OSError: there is none, or as `read_sample`.
+        FormatError, DatasetError, OSError: there is no pair, or as `read_sample`.
     """
     for sample in sorted(samples("pairs", folder), key=lambda pair: pair.sequence):
         yield read_sample(sample)

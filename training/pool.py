@@ -11,8 +11,9 @@ from training.generator import Mixture, render
 from training.prefetch import draw_ahead
 from training.textures import Textures
 
-RENDER_BATCH = {"cpu": 8, "cuda": 32}  # scenes; on a GPU the calls take the time, not the pixels
-MARGIN = 64  # a scene is this much higher and wider than the crops taken from it
+# Scenes per call. On a GPU the number of calls determines the time, not the number of pixels.
+RENDER_BATCH = {"cpu": 8, "cuda": 32}
+MARGIN = 64  # pixels by which a scene is higher and wider than its crops
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
     offset = draw(-0.15, 0.15, 1, pairs) + draw(-0.04, 0.04, 2, pairs)
     gamma = draw(0.75, 1.35, 1, pairs) * draw(0.93, 1.07, 2, pairs)
     images = images.clamp(min=1e-3).pow(put(gamma))
-    # Contrast turns about middle grey.
+    # Contrast changes around middle grey.
     images = images * put(gain) + put(0.5 - 0.5 * gain + offset)
     sigma = put(draw(0.0, 0.03, 1, pairs))
     seed = int(torch.randint(1 << 30, (1,), generator=random))
@@ -86,7 +87,7 @@ def photometric(frames: Tensor, random: torch.Generator) -> Tensor:
 
 
 def leaves(flow: Tensor) -> Tensor:
-    """Return the pixels whose flow [N, 2, h, w] leads out of the image, bool [N, h, w]."""
+    """Return the mask of pixels whose flow [N, 2, h, w] leads out of the image, bool [N, h, w]."""
     height, width = flow.shape[2:]
     x = flow[:, 0] + torch.arange(width, device=flow.device)
     y = flow[:, 1] + torch.arange(height, device=flow.device)[:, None]
@@ -94,11 +95,11 @@ def leaves(flow: Tensor) -> Tensor:
 
 
 class ScenePool:
-    """A ring buffer of rendered scenes; every draw crops and mirrors a scene anew.
+    """A ring buffer of rendered scenes; every draw crops and mirrors a scene differently.
 
-    The scenes are those of seeds `seed`, `seed + 1`, …, rendered in that order, a RENDER_BATCH
-    each, so that a pool is restored by the number of batches rendered. Their motions are scaled by
-    `displacement`; `mixture` says how many of the batches are of another kind.
+    The seeds `seed`, `seed + 1`, … are rendered in order, RENDER_BATCH scenes each, so that a pool
+    can be restored from the number of batches rendered. Motions are scaled by `displacement`;
+    `mixture` gives the shares of batches of other kinds.
     """
 
     def __init__(

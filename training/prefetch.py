@@ -1,6 +1,6 @@
 """Prefetching of textures in worker processes.
 
-A GPU renders a scene in a fraction of the time that a core takes to decode and resize its pictures.
+A GPU renders a scene much faster than a CPU core decodes and resizes its pictures.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Draws(Dataset[list[Draw]]):
     def __getitem__(self, index: int) -> list[Draw]:
         recorder = Recorder(self.textures)
         driving = self.mixture.kind(index)[1]
-        # On the device "meta" layers have shapes, but no pixels.
+        # Tensors on the device "meta" have shapes but no pixels.
         compose(
             self.seed + index, self.scenes, *self.size, recorder, driving=driving, device="meta"
         )
@@ -96,7 +96,7 @@ def draw_ahead(
         batch_size=None,
         sampler=count(first),
         num_workers=max(1, len(os.sched_getaffinity(0)) - 2),
-        # Threads of other libraries in this process do not survive a fork.
+        # Other libraries' threads in this process do not survive a fork.
         multiprocessing_context="spawn",
         pin_memory=torch.cuda.is_available(),
     )

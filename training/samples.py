@@ -1,10 +1,10 @@
-"""Write generated image pairs with their flow, of seeds outside of the training range.
+"""Write generated image pairs with their flow, from seeds outside the training range.
 
     python -m training.samples --out samples --name layers --count 3
     python -m training.samples --out runs/validation --name seen --count 24 --size 384 512 \\
         --textures runs/textures/training --augment
 
-Without --textures all textures are procedural, so that the pairs hold nobody else's pictures.
+Without --textures all textures are procedural, so the pairs contain no third-party pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RENDER_BATCH = 4
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.samples", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("samples"))
     parser.add_argument("--name", default="layers", help="of the folders, before their number")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """Crop size, batch size and scale of the motions, from progress `start` of a stage on."""
+    """Crop size, batch size and scale of the motions, from progress `start` of a stage onwards."""
 
     start: float
     crop: tuple[int, int]
@@ -18,9 +18,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with a learning-rate schedule of its own, `share` of the budget.
+    """A part of a run, `share` of the budget, with its own learning-rate schedule.
 
-    `matching`: only FlowNetC's features are trained, by the matching loss.
+    In a `matching` stage only FlowNetC's features are trained, with the matching loss.
     """
 
     share: float
@@ -68,7 +68,7 @@ class Schedule:
 
     @property
     def total_progress(self) -> float:
-        """Used share of the budget; 1 and more at its end."""
+        """Used share of the budget; 1 or more at its end."""
         return self.step / self.steps if self.steps else self.elapsed / (60.0 * self.minutes)
 
     @property
@@ -83,11 +83,11 @@ class Schedule:
 
     @property
     def stage_ends(self) -> bool:
-        """True if the current stage has used its share and another one follows."""
+        """True if the current stage has used its share and another stage follows."""
         return self.progress >= 1.0 and self.stage_index + 1 < len(self.stages)
 
     def learning_rate(self, peak: float) -> float:
-        """Linear warm-up over the first 3 percent of a stage, then a cosine down to zero."""
+        """Linear warm-up over the first 3 percent of a stage, then cosine decay to zero."""
         if self.progress < 0.03:
             return peak * (0.05 + 0.95 * self.progress / 0.03)
         return peak * 0.5 * (1 + math.cos(math.pi * (self.progress - 0.03) / 0.97))

@@ -1,4 +1,4 @@
-"""Turn a training run into a weights file: the averaged weights, as float16 safetensors.
+"""Convert a training run into a weights file: the averaged weights, as float16 safetensors.
 
     python -m training.ship runs/c weights/flownet2.safetensors
 
@@ -22,7 +22,7 @@ LICENSE = "GPL-3.0-or-later"
 
 
 def finished_model(folder: Path) -> tuple[FlowNet2, str]:
-    """Return the network of a run's last checkpoint, and a sentence on its origin."""
+    """Return the network of a run's last checkpoint, and a sentence about its origin."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     model = FlowNet2(NETWORKS[state["network"]])
     average = AveragedModel(Trainee(model, state["blocks"]))
@@ -36,10 +36,10 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
 
 
 def mean_with(model: FlowNet2, file: Path) -> None:
-    """Replace the weights of `model` by the mean of them and those in `file`.
+    """Replace the weights of `model` by their mean with the weights in `file`.
 
     Raises:
-        WeightsError: the file is unreadable, or is not of this network.
+        WeightsError: the file is unreadable, or belongs to another network.
     """
     other, _ = load_weights(model.network, file)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def mean_with(model: FlowNet2, file: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of training.train")
     parser.add_argument("weights", type=Path, help="file to write")

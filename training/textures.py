@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 TILE_SIZE = 448
-LEAST_CROP = 320  # smallest side of the piece of a photograph that becomes a tile, in pixels
+LEAST_CROP = 320  # smallest side of a square cut from a photograph, in pixels
 PROCEDURAL_TILES = 0.2  # share of procedural tiles
 PROCEDURAL_CUTOUTS = 0.35
 
@@ -43,12 +43,14 @@ class TextureSource(Protocol):
         """Draw textures, uint8 [count, 3, 448, 448]."""
 
     def outlines(self, count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw cut-outs, uint8 [count, 4, size, size] with straight alpha; and a mask, bool
-        [count], of those that are shapes without colour."""
+        """Draw cut-outs, uint8 [count, 4, size, size] with straight alpha.
+
+        The second value is a mask, bool [count], that is True for shapes without colour.
+        """
 
 
 class Textures:
-    """Photographs and cut-outs below `folder`; without a folder all textures are procedural."""
+    """Textures from the photographs and cut-outs below `folder`; procedural without a folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
         random = torch.Generator().manual_seed(1)
@@ -93,7 +95,7 @@ def _channels(picture: Image.Image) -> Tensor:
 
 
 def _tile(path: Path, random: torch.Generator) -> Tensor:
-    """Cut a random square out of a photograph, between LEAST_CROP and its shorter side."""
+    """Cut a random square out of a photograph, with a side from LEAST_CROP to the shorter side."""
     with Image.open(path) as photo:
         shorter = min(photo.size)
         side = round(LEAST_CROP * (shorter / LEAST_CROP) ** _uniform(random))

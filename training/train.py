@@ -4,8 +4,8 @@
     python -m training.train --network FlowNet2-cs --from runs/c.safetensors --out runs/cs
 
 By default the last sub-network is trained; `--train` names others, which are trained together.
-`--from` gives initial weights. A sub-network in training that no file holds is trained from
-scratch; sub-networks that are not in training stay frozen, as in the paper. A FlowNetC from scratch
+`--from` gives initial weights. A sub-network without weights in any file is trained from scratch.
+Sub-networks that are not trained stay frozen, as in the paper. A FlowNetC trained from scratch
 first learns to match features.
 
 On a CPU, one process per core is faster than one process with several threads. `--batch` is the
@@ -14,8 +14,8 @@ number of samples per process and step:
     torchrun --nproc-per-node 2 -m training.train …
 
 The learning rate falls to zero at the end of the budget (`--minutes` or `--steps`). The same
-command again resumes from the last checkpoint, exactly at its step: model, optimizer, schedule,
-random states and scenes.
+command resumes from the last checkpoint, with the exact model, optimizer, schedule, random states
+and scenes of its step.
 
 The folder `--out` gets `checkpoint.pt` and `log.csv`; with `--validation`, a folder of pairs, also
 `validation.csv` and, if matplotlib is installed, `curve.png`.
@@ -53,12 +53,10 @@ from training.trainee import Trainee, take_weights
 from training.validation import Validation
 from training.workers import Workers
 
-AVERAGE_DECAY = 0.998  # a step
+AVERAGE_DECAY = 0.998  # per step
 AVERAGE_EVERY = 4  # steps between updates of the average
-MATCHING_WEIGHT = 0.3  # of the matching loss beside the flow loss, falling to zero half-way
-TEMPERATURE_FACTOR = (
-    20.0  # between the learning rate of the matching loss's two scalars and others'
-)
+MATCHING_WEIGHT = 0.3  # of the matching loss beside the flow loss; falls to zero half-way
+TEMPERATURE_FACTOR = 20.0  # factor of the learning rate for the matching loss's two scalars
 
 
 def update_average(
@@ -76,7 +74,7 @@ class Trainer:
     """A training run: model, optimizer, schedule and scenes, with checkpoints to resume from.
 
     Raises:
-        ValueError, OSError: an argument does not fit, or the checkpoint is of another run.
+        ValueError, OSError: an argument is invalid, or the checkpoint belongs to another run.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -97,7 +95,7 @@ class Trainer:
         self.random = torch.Generator().manual_seed(arguments.seed + (self.workers.rank << 16))
         self.next_seed = (arguments.seed << 24) + (self.workers.rank << 34)
         self.checked = 0.0
-        self.drawn = self.loaded = 0  # crops so far: of all kinds, and of datasets
+        self.drawn = self.loaded = 0  # number of crops so far: all, and from datasets
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.log: list[tuple[float, float]] = []
@@ -117,7 +115,7 @@ class Trainer:
         for path in self.arguments.weights:
             blocks, source = take_weights(self.model, path)
             loaded |= blocks
-            origin = source.partition(", ")[0]  # without the runs in between
+            origin = source.partition(", ")[0]  # the first run only, without the runs in between
             self.source = f"{origin}, lastly {' and '.join(self.blocks)}, "
         self.fresh = [block for block in self.blocks if block not in loaded]
         for number, block in enumerate(self.fresh):
@@ -153,7 +151,7 @@ class Trainer:
         self.schedule = Schedule(stages, self.arguments.minutes, self.arguments.steps)
 
     def start_stage(self) -> None:
-        # Every worker has initialised its weights on images of its own.
+        # Every worker has initialised its weights on different images.
         self.workers.share([parameter.data for parameter in self.trainee.parameters()])
         self.create_optimizer()
 
@@ -273,7 +271,7 @@ class Trainer:
             self.next_seed += self.pool.rendered
             self.open_pool(0)
         count = self.scaled(phase)[1]
-        # As many crops of the datasets as their share of all crops so far.
+        # Keep the datasets' share among all crops so far.
         before, after = (int(n * self.data_share) for n in (self.drawn, self.drawn + count))
         from_data = after - before
         crops = [next(self.crops).to(self.device) for _ in range(from_data)]
@@ -286,7 +284,7 @@ class Trainer:
     # -- training ---------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end of the budget, with a checkpoint at every validation and at the end."""
+        """Train until the budget is used, with a checkpoint at every validation and at the end."""
         schedule = self.schedule
         started = time.monotonic() - schedule.elapsed
         logged = schedule.elapsed
@@ -322,7 +320,7 @@ class Trainer:
         """Make one step.
 
         Args:
-            elapsed: seconds of the run on this worker; the workers agree on their mean.
+            elapsed: seconds of the run on this worker; all workers use the mean.
 
         Returns:
             The loss, and the end-point error in pixels (in the matching stage the loss again).
@@ -362,7 +360,7 @@ class Trainer:
             )
             finest = levels[-1].detach()
             epe = endpoint_error(finest * self.trainee.scale, batch.flow, batch.valid)
-        values = torch.stack((loss.detach(), epe)).tolist()  # the only wait for a GPU in a step
+        values = torch.stack((loss.detach(), epe)).tolist()  # the step's only wait for a GPU
         if not math.isfinite(values[0]):  # a NaN flow crashes grid_sample's backward pass
             raise FloatingPointError(
                 f"the loss of step {schedule.step} is {values[0]}: resume from the checkpoint "
@@ -459,10 +457,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         action="append",
         default=[],
-        help="weights file to begin with; repeatable, the last one that has a sub-network counts",
+        help="initial weights; repeatable: the last file that has a sub-network is used",
     )
     parser.add_argument(
-        "--train", nargs="+", metavar="BLOCK", help="net1, net2, …; the last one if left out"
+        "--train", nargs="+", metavar="BLOCK", help="net1, net2, … (default: the last)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--textures", type=Path, help="folder of training.collect's output")
@@ -539,7 +537,7 @@ def keep_memory() -> None:
     """Have glibc keep freed memory instead of returning it to the system after each large tensor.
 
     Page faults on fresh memory otherwise take most of a CPU step's time, above all in virtual
-    machines. Does nothing where the C library has no `mallopt`.
+    machines. Does nothing if the C library has no `mallopt`.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4
     try:
@@ -552,12 +550,12 @@ def keep_memory() -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     keep_memory()
     torch.backends.cudnn.benchmark = True  # sizes stay the same for thousands of steps
     try:
         trainer = Trainer(parse())
-    except (Error, ValueError, OSError) as error:  # an argument that does not fit
+    except (Error, ValueError, OSError) as error:  # an invalid argument
         sys.exit(f"error: {error}")
     trainer.run()
 

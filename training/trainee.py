@@ -13,15 +13,15 @@ from training.model import TrainingC
 
 
 def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
-    """Copy the means and the blocks that a weights file and `model` share.
+    """Copy the means, and the blocks that `model` has too, from a weights file to it.
 
     Returns:
         The names of these blocks, and the source of the file.
 
     Raises:
-        WeightsError: the file is unreadable, of no network or of one of another width.
+        WeightsError: the file is unreadable, or holds no network or a network of another width.
     """
-    # Needs more than PyTorch and NumPy.
+    # Imported here because it needs more than PyTorch and NumPy.
     from export.weights import WeightsError, load_weights, read_weights  # noqa: PLC0415
     from export.weights.load import differences  # noqa: PLC0415
 

@@ -21,10 +21,10 @@ SPEEDS = (10.0, 40.0, 100.0)
 
 
 class Validation:
-    """Pairs with ground truth, divided among the workers: a folder's, and those held out of data.
+    """Validation pairs of a folder and held-out pairs of datasets, divided among the workers.
 
     Errors are reported by family of pairs (the mean over its pairs), and over the pixels of all
-    pairs by length of the true motion and by whether its target lies inside the image.
+    pairs, by length of the true motion and for motion that ends inside and outside the image.
     """
 
     def __init__(self, folder: Path | None, sources: list[Source], workers: Workers) -> None:

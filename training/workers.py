@@ -1,6 +1,6 @@
-"""Data-parallel training in several processes on one machine, gradients averaged every step.
+"""Data-parallel training in several processes on one machine; gradients are averaged every step.
 
-On a shared CPU, several processes of one thread each are several times faster than one process of
+On a shared CPU, several single-threaded processes are several times faster than one process with
 several threads, in which every operation waits for the slowest thread.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Workers:
-    """This process among the workers that `torchrun` started; alone, every method does nothing."""
+    """The workers that `torchrun` started; in a single process every method does nothing."""
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
