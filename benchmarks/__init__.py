@@ -1,1 +1,1 @@
-"""What `make bench` runs: every figure of the README, measured on the machine at hand."""
+"""Benchmarks, which `make bench` runs: they measure the README's figures on this machine."""

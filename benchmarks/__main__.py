@@ -45,10 +45,10 @@ def main() -> int:
 
 
 def sections(plot: Path | None) -> Iterator[str]:
-    """Yield the parts of the report, each once it is measured.
+    """Yield each part of the report when it is measured.
 
     Args:
-        plot: where to draw error against time.
+        plot: PNG file for the plot of error against time.
     """
     yield f"# Benchmarks\n\n{datetime.date.today()}, {machine()}.\n"
     yield f"## The largest network\n\n{engines.compare_random('FlowNet2', rounds=5)}"
@@ -63,14 +63,14 @@ def sections(plot: Path | None) -> Iterator[str]:
             results = accuracy.beside_opencv(address, network)
             if plot:
                 accuracy.draw(results, plot)
-            yield f"## Beside OpenCV\n\n{accuracy.results_table(results)}"
+            yield f"## Comparison with OpenCV\n\n{accuracy.results_table(results)}"
             yield f"## Triton under load, {network}, 512x512\n\n{perf_analyzer_table(address)}"
             yield f"## The command, {network}, 512x512\n\n{command.throughput(address)}"
-    yield f"## The web layer alone, before a model that takes no time\n\n{web.compare(WEB_SECONDS)}"
+    yield f"## The web layer alone, with a model that takes no time\n\n{web.compare(WEB_SECONDS)}"
 
 
 def perf_analyzer_table(address: triton.Address) -> str:
-    """Return perf_analyzer's figures, or why there are none."""
+    """Return perf_analyzer's table, or the reason if it cannot run."""
     try:
         return PerfAnalyzer().measure(address, CONCURRENCIES, ROUNDS)
     except Unavailable as error:

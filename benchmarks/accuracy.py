@@ -1,7 +1,7 @@
-"""Errors of the shipped weights on the samples: as served, in half precision, and beside OpenCV's.
+"""Errors of the shipped weights on the samples: as served and in half precision; errors of OpenCV.
 
-ONNX Runtime emulates on the CPU what GPUs run: every tensor of a block is rounded to float16, and
-sums are float32, as on tensor cores.
+ONNX Runtime emulates the GPU's arithmetic on the CPU: every tensor of a block is rounded to
+float16, and sums are float32, as on tensor cores.
 """
 
 import time
@@ -40,12 +40,12 @@ class Result:
 
 
 def precision(address: Address, network: str, half_model: Path) -> str:
-    """Return the end-point errors of each sample in each precision; a Markdown table.
+    """Return a Markdown table of the end-point errors of each sample in each precision.
 
     Args:
         address: a Triton that serves the shipped weights as ``flownet2``.
-        network: which network they are of.
-        half_model: the file that GPUs run.
+        network: name of their network.
+        half_model: the half-precision ONNX file, which GPUs run.
     """
     model, _ = load_weights(NETWORKS[network], WEIGHTS)
     half = onnx_runtime(half_model)
@@ -73,7 +73,7 @@ def precision(address: Address, network: str, half_model: Path) -> str:
 
 
 def beside_opencv(address: Address, network: str) -> list[Result]:
-    """Measure the served network and OpenCV's methods on the samples, one call of each in turn."""
+    """Measure the served network and OpenCV's methods on the samples, in alternating calls."""
     cv2.setNumThreads(available_cores())
     pairs = list(read_pairs(SAMPLES))
     known = opencv_methods()
@@ -105,7 +105,7 @@ def _measure(methods: dict[str, Method], pair: Pair) -> dict[str, tuple[float, f
 
 
 def results_table(results: list[Result]) -> str:
-    """Return errors and times; a Markdown table with the best values bold."""
+    """Return a Markdown table of errors and times with the best values bold."""
 
     def column(values: list[float], text: Callable[[float], str]) -> list[str]:
         return [f"**{text(v)}**" if v == min(values) else text(v) for v in values]

@@ -4,8 +4,8 @@
 
 Needs a GPU, nvcc and PyTorch with CUDA. Compiles the kernels for this GPU, compares them with brute
 force over `plugins/correlation_cases.py`, and times the half-precision kernel at FlowNet2's two
-sizes. Beside the times are two limits, both measured here: moving inputs and output once at the
-speed of a large copy, and the arithmetic at the speed of cuBLAS.
+sizes. The table also has two limits, measured on the same GPU: the time to move inputs and output
+once at the speed of a large copy, and the time of the arithmetic at the speed of cuBLAS.
 
 Exits with 0 if all results are correct, 1 if not, 2 if something is missing.
 """
@@ -32,7 +32,7 @@ SOURCES = ("correlation.cu", "correlation.cpp", "correlation_c.cpp")
 
 
 class Missing(Error):
-    """Raised when the machine lacks something that a benchmark needs."""
+    """Raised when this machine lacks hardware or software that a benchmark needs."""
 
 
 class Kernel:
@@ -62,7 +62,7 @@ class Kernel:
         """Queue the correlation of two dense NCHW tensors with the attributes of `case`.
 
         Raises:
-            RuntimeError: the library's message.
+            RuntimeError: the library rejects the call; the message is the library's.
         """
         out = torch.full(case.output_shape, float("nan"), dtype=a.dtype, device=a.device)
         message = self._function(

@@ -1,6 +1,6 @@
 """Times of a network at 512x512: eager PyTorch, the engines that can serve it, and Triton.
 
-They are timed in turn, one call of each in a round, so that other load hits all of them alike.
+They are timed in rounds with one call of each, so that other load affects all of them equally.
 """
 
 import statistics
@@ -32,7 +32,7 @@ Estimate = Callable[[Images, Images], npt.NDArray[np.float32]]
 
 
 def compare_shipped(rounds: int) -> str:
-    """Time the shipped network; a Markdown table."""
+    """Time the shipped network; return a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
         name = write_shipped(Path(folder))
         model, _ = load_weights(NETWORKS[name], WEIGHTS)
@@ -40,7 +40,7 @@ def compare_shipped(rounds: int) -> str:
 
 
 def compare_random(name: str, rounds: int) -> str:
-    """Time a network with random weights, on which the speed does not depend; a Markdown table."""
+    """Time a network with random weights (the speed is the same); return a Markdown table."""
     model = random_network(name)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), MODEL_NAME, export_onnx(model), {"network": name})
@@ -48,7 +48,7 @@ def compare_random(name: str, rounds: int) -> str:
 
 
 def _compare(name: str, model: FlowNet2, repository: Path, rounds: int) -> str:
-    """Time every way to run a network, the model of a repository; a Markdown table."""
+    """Time every way to run the model of a repository; return a Markdown table."""
     torch.set_num_threads(available_cores())
     random = np.random.default_rng(0)
     image1 = random.integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)
@@ -80,7 +80,7 @@ def _compare(name: str, model: FlowNet2, repository: Path, rounds: int) -> str:
 def time_in_turn(
     ways: dict[str, Estimate], image1: Images, image2: Images, rounds: int
 ) -> dict[str, float]:
-    """Return the median seconds of a call of each, over rounds in which each is called once."""
+    """Return the median seconds of a call of each function, over rounds that call each once."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, estimate in ways.items():
@@ -102,7 +102,7 @@ def random_network(name: str) -> FlowNet2:
 
 
 def run_eager(model: FlowNet2, image1: Images, image2: Images) -> npt.NDArray[np.float32]:
-    """Run a network in PyTorch, as most people would."""
+    """Run a network in eager PyTorch."""
     with torch.inference_mode():
         flow: npt.NDArray[np.float32] = model(
             torch.from_numpy(image1), torch.from_numpy(image2)
@@ -114,7 +114,7 @@ def onnx_runtime(file: Path) -> Estimate:
     """Load a network into ONNX Runtime, which inlines the correlation's function body."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
-    # Threads that spin after a call would take time from the next way in the round.
+    # Threads that spin after a call would slow down the next function of the round.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 

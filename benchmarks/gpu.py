@@ -5,7 +5,7 @@
 Needs a GPU, nvcc and PyTorch with CUDA. ONNX Runtime with CUDA and TensorRT are measured if they
 are installed; the loader must find the TensorRT plugin. With --triton, the Triton that HOST and
 TRITON_GRPC_PORT name is measured too, from 1, 8 and 32 clients. Weights are random, as the speed
-does not depend on them. Exits with 2 if something is missing.
+does not depend on them. Exits with status 2 if a requirement is missing.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def network_table(name: str, kernel: Kernel, folder: Path) -> str:
 
 
 def ways(name: str, kernel: Kernel, folder: Path) -> Iterator[tuple[str, Estimate]]:
-    """Yield the ways to run the network that this machine has."""
+    """Yield name and function of each way to run the network on this machine."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     model = FlowNet2(NETWORKS[name]).eval()
@@ -137,7 +137,7 @@ def onnx_runtime(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
 
 
 def tensorrt(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
-    """Return a run of the plan that Triton would load.
+    """Return a function that runs the plan that Triton would load.
 
     Raises:
         EngineError: it cannot be built or run here.
@@ -163,7 +163,7 @@ def tensorrt(folder: Path, image1: Tensor, image2: Tensor) -> Estimate:
 
 
 def measure(estimate: Estimate) -> tuple[float, float]:
-    """Return the median milliseconds of a call, and the megabytes that it keeps on the GPU."""
+    """Return the median milliseconds of a call, and the megabytes of GPU memory that it keeps."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     seconds = []

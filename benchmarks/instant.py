@@ -1,7 +1,7 @@
 """`python -m benchmarks.instant PORT`: a Triton whose model takes no time.
 
-It is for measuring the gateway alone: it answers the gateway's gRPC requests, and every pair with
-the same noise.
+For measuring the gateway alone: it answers the gateway's gRPC requests with the same random flow
+for every pair.
 """
 
 import functools
@@ -47,14 +47,14 @@ class Instant(GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     def ModelInfer(self, request: Any, _context: Any) -> Any:
         shape = (*request.inputs[0].shape[:3], 2)
-        response = messages.ModelInferResponse(raw_output_contents=[noise(shape)])
+        response = messages.ModelInferResponse(raw_output_contents=[random_flow(shape)])
         response.outputs.add(name=contract.FLOW_OUTPUT, datatype=contract.FLOW_TYPE, shape=shape)
         return response
 
 
 @functools.cache
-def noise(shape: tuple[int, ...]) -> bytes:
-    """Return a flow as bytes, whose values have as many digits as those of a real one."""
+def random_flow(shape: tuple[int, ...]) -> bytes:
+    """Return a random flow as bytes; its values have as many digits as a real flow's."""
     return np.random.default_rng(0).normal(0, 10, shape).astype(np.float32).tobytes()
 
 

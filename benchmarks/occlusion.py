@@ -2,7 +2,7 @@
 
 Measures the shipped weights on generated scenes, whose occlusion is known, and on a folder of pairs
 with ground truth (`training.pairs`; if a pair has an `occlusions.png`, it is white where pixels are
-occluded). The errors without the flagged pixels tell how far the other pixels can be trusted.
+occluded). The errors without the flagged pixels show how reliable the other pixels are.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Case:
 
 
 def generated() -> Iterator[Case]:
-    """Yield generated scenes whose seeds no training uses."""
+    """Yield generated scenes from seeds that are not used in training."""
     textures = Textures()
     for index in range(SCENES):
         scene = render(SEED + index, 1, HEIGHT, WIDTH, textures, effects=False)

@@ -53,7 +53,7 @@ class PerfAnalyzer:
         self._run("--version")
 
     def measure(self, address: triton.Address, concurrencies: tuple[int, ...], rounds: int) -> str:
-        """Load a Triton's ``flownet2`` with a sample pair, and return a Markdown table.
+        """Measure a Triton's ``flownet2`` with a sample pair, and return a Markdown table.
 
         Args:
             address: where the Triton listens.
@@ -73,7 +73,7 @@ class PerfAnalyzer:
         return table(("perf_analyzer, concurrency", "pairs/s", "p50 ms", "p95 ms"), rows)
 
     def load(self, address: triton.Address, concurrency: int, rounds: int) -> dict[str, float]:
-        """Return the figures of one concurrency by perf_analyzer's names (1/s and us)."""
+        """Return the results for one concurrency by perf_analyzer's names (1/s and us)."""
         with tempfile.TemporaryDirectory() as folder:
             data, results = Path(folder) / "pair.json", Path(folder) / "results.csv"
             data.write_text(json.dumps({"data": [sample_pair()]}), encoding="utf-8")
@@ -148,7 +148,7 @@ def _fetch(program: Path) -> None:
 
 
 def _link_libraries(folder: Path) -> None:
-    """Link to the two libraries of tritonserver's wheel that few machines have."""
+    """Link to two libraries of tritonserver's wheel that most machines do not have."""
     folder.mkdir(parents=True, exist_ok=True)
     wheel_libraries = wheel.wheel_libraries()
     for name, pattern in {

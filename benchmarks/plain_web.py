@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plain_web TRITON PORT`: a plain web layer, to compare the gateway with.
+"""`python -m benchmarks.plain_web TRITON PORT`: a plain web layer for comparison with the gateway.
 
 Flask, one thread, ``json`` and ``tolist()``: it answers the gateway's usual request.
 """

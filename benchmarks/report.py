@@ -31,7 +31,7 @@ def machine() -> str:
 
 
 def bypass_proxies() -> None:
-    """Have this process and its children reach this machine's servers without a proxy.
+    """Let this process and its children connect to this machine's servers without a proxy.
 
     gRPC, httpx2 and perf_analyzer use the proxy that the environment names even for 127.0.0.1.
     """

@@ -74,7 +74,7 @@ class Server:
 
 
 def main() -> int:
-    """Run the test; return 1 if a request ended otherwise, or a Triton did not recover."""
+    """Run the test; return 1 if a request had another outcome, or a Triton did not recover."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--clients", type=int, default=64)
@@ -131,7 +131,7 @@ def say(line: str) -> None:
 async def soak(
     url: str, clients: int, seconds: float, tritons: list[Server], service: Server
 ) -> Counter[str]:
-    """Load the service during the drill, and count the outcomes of the requests."""
+    """Send requests while faults are injected, and count their outcomes."""
     pairs = [request(seed) for seed in range(PAIRS)]
     limits = httpx2.Limits(
         max_keepalive_connections=0
@@ -158,11 +158,11 @@ async def soak(
         async with asyncio.TaskGroup() as tasks:
             for _ in range(clients):
                 tasks.create_task(one_client())
-            tasks.create_task(drill(seconds / 10, tritons, service))
+            tasks.create_task(inject_faults(seconds / 10, tritons, service))
     return outcomes
 
 
-async def drill(step: float, tritons: list[Server], service: Server) -> None:
+async def inject_faults(step: float, tritons: list[Server], service: Server) -> None:
     """Kill, stop and restart processes and fill /dev/shm, in nine steps."""
     first, second = tritons
     await asyncio.sleep(step)

@@ -54,7 +54,7 @@ class Service:
     process: psutil.Process
 
     def cpu(self) -> float:
-        """Return the CPU time of its processes so far, in seconds."""
+        """Return the CPU time that its processes have used so far, in seconds."""
         family = (self.process, *self.process.children(recursive=True))
         return sum(sum(process.cpu_times()[:2]) for process in family)
 

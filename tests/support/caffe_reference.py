@@ -1,8 +1,8 @@
 """Independent implementation of the Caffe networks, by Caffe's layer names.
 
-It uses nothing of export/: layers come from a table of their own, the custom layers are NumPy.
+It uses no code of export/: it has its own table of layers, and the custom layers are in NumPy.
 Weights are a dict from Caffe layer name to (weight, bias), as a ``.caffemodel.h5`` stores them.
-:class:`Options` are what other projects do differently from Caffe.
+:class:`Options` describes the differences of other projects from Caffe.
 """
 
 import math
@@ -22,11 +22,11 @@ Blobs = dict[str, list[Array]]
 
 @dataclass
 class Options:
-    """What a project does differently from Caffe.
+    """Differences of a project from Caffe.
 
     Attributes:
-        mean: the mean that is subtracted: "stored" in the blobs, of the "pair", of each "image",
-            or three numbers in the channel order of the network.
+        mean: the mean that is subtracted: "stored" in the blobs, of the "pair", of each "image", or
+            given as three numbers in the channel order of the network.
         unit, sd_unit: pixels in a unit of the predictions.
     """
 
@@ -190,7 +190,7 @@ def resample_weights(old: int, new: int, other_factor: float) -> Array:
 
 
 def resample(x: Array, height: int, width: int) -> Array:
-    """Caffe's Resample (LINEAR, antialias), which gives each axis the other's factor."""
+    """Caffe's Resample (LINEAR, antialias), which applies each axis's factor to the other axis."""
     old_height, old_width = x.shape[2:]
     vertical = resample_weights(old_height, height, old_width / width)
     horizontal = resample_weights(old_width, width, old_height / height)
@@ -253,7 +253,7 @@ class _Net:
             level -= 1
             up = _leaky(self.deconv(f"{self.prefix}deconv{level}", concat))
             flow_up = self.deconv(_upflow(self.prefix, level + 1), flow)
-            height, width = skips[level].shape[2:]  # smaller if the input's are no multiples of 64
+            height, width = skips[level].shape[2:]  # smaller if sides are not multiples of 64
             up, flow_up = up[:, :, :height, :width], flow_up[:, :, :height, :width]
             concat = np.concatenate([skips[level], up, flow_up], 1)
             read = self.linear(f"{self.prefix}interconv{level}", concat) if inter else concat

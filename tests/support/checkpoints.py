@@ -1,6 +1,6 @@
-"""Checkpoints in the forms of other projects, from weights by Caffe's layer names.
+"""Checkpoints in the formats of other projects, from weights by Caffe's layer names.
 
-The names are written down from files of each project.
+The names were copied from files of each project.
 """
 
 from typing import Any
@@ -123,7 +123,8 @@ def nvidia(nets: list[str], blobs: Blobs, biases: bool = True, norm: str = "") -
     """Name weights as NVIDIA/flownet2-pytorch and its descendants do.
 
     Args:
-        biases: whether deconvolutions, predictions and upsampled flow have them; zeroed otherwise.
+        biases: whether deconvolutions, predictions and upsampled flow have biases; zeroed
+            otherwise.
         norm: a layer that a batch-norm follows; the weights in `blobs` become the folded ones.
     """
     prefixes = {"": "flownetc.", "net2": "flownets_1.", "net3": "flownets_2."}
@@ -170,5 +171,5 @@ def _layers(blobs: Blobs) -> list[tuple[str, list[torch.Tensor]]]:
 
 
 def checkpoint(state: State, prefix: str = "", **values: Any) -> dict[str, Any]:
-    """Put a state_dict into a checkpoint with the values that its project saves beside it."""
+    """Put a state_dict into a checkpoint, with the other values that its project saves."""
     return {**values, "state_dict": {prefix + name: value for name, value in state.items()}}

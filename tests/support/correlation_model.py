@@ -1,4 +1,4 @@
-"""An ONNX model of one Correlation node, for the tests of what runs it."""
+"""An ONNX model of one Correlation node, for the tests of its implementations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one_node_model(
 ) -> onnx.ModelProto:
     """`a`, `b` -> `c` of `dtype`, every size dynamic, with the attributes of `case`.
 
-    `functions` are the model-local functions that it carries (none: the runtime needs the op).
+    `functions` are its model-local functions; without one, the runtime needs the op.
     """
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     node = helper.make_node(

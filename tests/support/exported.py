@@ -13,7 +13,7 @@ from export.graph import export_onnx
 from export.half import to_half
 from export.networks import NETWORKS, FlowNet2
 
-# One of each architecture; the other names differ in their weights alone.
+# A network of each architecture; the other names differ only in their weights.
 ARCHITECTURES: dict[object, str] = {}
 for _network in NETWORKS.values():
     ARCHITECTURES.setdefault((_network.cascade, _network.width, _network.fusion), _network.name)

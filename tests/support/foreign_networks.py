@@ -1,4 +1,4 @@
-"""Two-image networks of a few layers, as ONNX files of other projects have them."""
+"""Two-image networks of a few layers, in the forms of other projects' ONNX files."""
 
 from pathlib import Path
 from typing import Literal
@@ -29,9 +29,9 @@ def write_network(
     """Write a convolution of both images as the flow.
 
     Args:
-        size: of the images, dynamic if names.
-        baked_width: add a grid of coordinates about the centre of images of this width, as
-            networks do whose exporter took a size for a constant.
+        size: height and width of the images; names make them dynamic.
+        baked_width: add a grid of coordinates about the centre of images of this width, like a
+            network whose exporter stored a size as a constant.
         second_output: another output that could be the flow.
     """
     height, width = size

@@ -1,4 +1,4 @@
-"""Pairs of images with smooth texture, and what ONNX Runtime makes of them."""
+"""Pairs of images with smooth texture, and their flow by ONNX Runtime."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Images = npt.NDArray[np.uint8]
 
 
 def pair(height: int, width: int, seed: int = 0, batch: int = 1) -> tuple[Images, Images]:
-    """Draw smooth random images; the second is the first, shifted."""
+    """Draw a smooth random image, and return it with a shifted copy."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (batch, height // 8 + 3, width // 8 + 3, 3), np.uint8)
     large = np.stack(

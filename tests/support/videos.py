@@ -1,4 +1,4 @@
-"""Videos to test with."""
+"""Videos for tests."""
 
 from collections.abc import Callable
 from fractions import Fraction

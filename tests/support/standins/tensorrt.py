@@ -1,7 +1,7 @@
 """A stand-in for TensorRT's Python package: its plans are run by ONNX Runtime on the CPU.
 
 Its GPU is tests/support/libcuda.c, whose memory is this process's. FAKE_TENSORRT_ERROR, in pixels,
-makes its flow wrong. It knows of TensorRT's interface what export/engine uses.
+makes its flow wrong. It has the part of TensorRT's interface that export/engine uses.
 """
 
 import ctypes
