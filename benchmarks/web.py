@@ -1,4 +1,4 @@
-"""`python -m benchmarks.web [FRAME FRAME]`: the gateway alone, in front of an instant model.
+"""`python -m benchmarks.web [FRAME FRAME]`: the gateway alone, with a model that takes no time.
 
 For comparison, a plain web layer (`benchmarks.plain_web`) in front of the same model.
 """

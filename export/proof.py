@@ -152,7 +152,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def measure_memory(file: Path) -> Memory:
-    """Measure the memory of a network at three sizes, each in a process of its own."""
+    """Measure the memory of a network at three sizes, each in a separate process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as executor:
         peaks = list(executor.map(_peak_memory, [file] * 3, MEASURED_SIDES))

@@ -32,7 +32,7 @@ _GRACE_SECONDS = 0.1
 
 @dataclass(eq=False)
 class _Server:
-    """A server, its connection, and whether it takes requests.
+    """A server with its connection and state.
 
     Attributes:
         in_flight: requests that were sent or wait for the server.

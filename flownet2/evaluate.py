@@ -102,7 +102,7 @@ class Errors:
 
         Args:
             flow: the prediction `[height, width, 2]`, in pixels; NaN where there is none.
-            truth: the ground truth; NaN where it does not count.
+            truth: the ground truth; NaN at pixels that are not evaluated.
             occluded: mask `[height, width]` of pixels that the second frame does not show.
             supersampled: whether `truth` has four vectors for each pixel, of which the nearest to
                 the prediction counts.

@@ -263,7 +263,7 @@ def from_pfm(content: bytes) -> Flow:
     """Return the flow of a PFM file with three channels.
 
     The lowest row comes first, except in files of Adobe Photoshop, which has the highest first and
-    is recognised by its width and height on lines of their own.
+    is recognised by its width and height on separate lines.
 
     Raises:
         FormatError: the file has another format, or is cut short.

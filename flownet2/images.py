@@ -149,7 +149,7 @@ class Frame:
         image = Image.open(io.BytesIO(self._read()))
         # Additional frames are previews in cameras' MPO files, and layers in PSD files.
         if image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False):
-            raise ImageError(f"{self._name} has several frames: give each as an image of its own")
+            raise ImageError(f"{self._name} has several frames: give each as a separate image")
         return image
 
     def _read(self) -> bytes:

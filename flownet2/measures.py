@@ -76,8 +76,8 @@ def warp(image: npt.NDArray[np.generic], flow: Flow) -> npt.NDArray[np.float32]:
 def occluded(forward: Flow, backward: Flow) -> Mask:
     """Return the occlusion mask: pixels of the first image hidden in the second, bool [H, W].
 
-    These are the pixels that leave the image, and those at which the forward and the backward flow
-    are inconsistent: |f(x) + b(x + f(x))|^2 > 0.01 (|f(x)|^2 + |b(x + f(x))|^2) + 0.5
+    These are the pixels that leave the image, and the pixels at which the forward and the backward
+    flow are inconsistent: |f(x) + b(x + f(x))|^2 > 0.01 (|f(x)|^2 + |b(x + f(x))|^2) + 0.5
     (Sundaram, Brox and Keutzer, "Dense Point Trajectories by GPU-Accelerated Large Displacement
     Optical Flow", ECCV 2010).
     """

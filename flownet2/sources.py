@@ -112,7 +112,7 @@ class _Search:
                 self._add_path(path)
         elif storage.is_pattern(argument):
             raise SourceError(f"{argument} matches no file")
-        else:  # reading it says that it does not exist
+        else:  # reading it raises the error
             self._others.append(Video(argument, storage.parent(argument)))
 
     def _add_path(self, path: str, root: str | None = None) -> None:
@@ -138,7 +138,7 @@ class _Search:
             self._others.append(Video(path, folder))
         elif not video.is_video(path) and _is_text(path):
             self._add_list(path)
-        else:  # reading it says what is wrong
+        else:  # reading it raises the error
             self._others.append(Video(path, folder))
 
     def _add_list(self, path: str) -> None:

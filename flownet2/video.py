@@ -159,8 +159,8 @@ class _Reading:
     Losses show in errors of the decoder, in frames that FFmpeg marks as corrupt, and in the length
     of the file. A gap in the timestamps is a loss near a corrupt packet, and in transport streams
     of constant frame rate. A corrupt packet alone is not a loss: joined transport streams have such
-    a packet at each joint. After a loss, frames are used from the next key frame on: those before
-    it are predicted from what is lost.
+    a packet at each joint. After a loss, frames are used from the next key frame on, because
+    earlier frames are predicted from lost frames.
     """
 
     def __init__(self, container: Any, stream: Any, live: bool) -> None:

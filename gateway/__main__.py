@@ -30,8 +30,8 @@ log = logging.getLogger("gateway")
 class Server(uvicorn.Server):
     """Uvicorn with a shutdown that load balancers can follow.
 
-    On SIGTERM `/readyz` fails at once, connections are accepted for a moment longer, then requests
-    in flight finish, and the process exits with status 0. SIGINT skips the moment.
+    On SIGTERM `/readyz` fails at once, connections are accepted for a short delay, then requests in
+    flight finish, and the process exits with status 0. SIGINT skips the delay.
     """
 
     def __init__(self, config: uvicorn.Config, state: State, delay_s: float) -> None:
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         self._delay_s = delay_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start to stop; stop at once on a second signal."""
+        """Begin the shutdown; exit at once on a second signal."""
         if self._state.stopping:
             self.should_exit = True
             self.force_exit = sig == signal.SIGINT

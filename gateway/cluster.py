@@ -89,7 +89,7 @@ class Cluster:
             await self._resolve(host, port)
 
     async def _resolve(self, host: str, port: int) -> None:
-        """Use the addresses of one name; keep the last ones if it does not resolve."""
+        """Use the addresses of a name; keep the previous addresses if it does not resolve."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(
                 host, port, type=socket.SOCK_STREAM

@@ -35,7 +35,7 @@ class Estimate:
         flow: in pixels of the original images, on the grid that the client asked for.
         scale: back factors of x and y.
         flow_backward: from the second image to the first, with both directions.
-        occluded: pixels of the first image that the second does not show, with both directions.
+        occluded: pixels of the first image that are hidden in the second, with both directions.
     """
 
     flow: Flow
@@ -71,7 +71,7 @@ def to_json(estimate: Estimate) -> bytes:
     fields = estimate.fields()
     if estimate.occluded is not None:
         file = io.BytesIO()
-        Image.fromarray(estimate.occluded).save(file, "PNG")  # 1 bit a pixel
+        Image.fromarray(estimate.occluded).save(file, "PNG")  # 1 bit per pixel
         fields["occluded"] = pybase64.b64encode_as_string(file.getbuffer())
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 

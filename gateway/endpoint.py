@@ -64,7 +64,7 @@ class ContractViolation(Error):
 
 
 def classify(code: str, message: str) -> GatewayError | EndpointLost:
-    """Return the error that a failed inference means, by its gRPC status and message."""
+    """Return the error for a failed inference, by its gRPC status and message."""
     match failure(code, message):
         case "deadline-exceeded":
             return DeadlineExceeded("The flow was not ready before the request's deadline.")

@@ -1,7 +1,7 @@
 """Guards against hostile image files, in each format, before Pillow sees a file.
 
 A decoder's time and memory must follow from the size of the body and of the image. The guards
-refuse files for which they do not, and remove metadata, which is not used here.
+reject other files, and remove metadata, which is not used here.
 """
 
 import io
@@ -64,7 +64,7 @@ class UnsupportedVariant(ValueError):
 
 
 def sanitise(data: bytes) -> bytes:
-    """Return a file without metadata and without excessive parts, of whatever format it is.
+    """Return a file of any format without metadata and without excessive parts.
 
     Raises:
         SeveralFrames, UnsupportedVariant: see there.
@@ -86,7 +86,7 @@ def check_decoding(image: Image.Image) -> None:
         return
     if scans(image) > MAX_SCANS:
         raise ValueError(f"more than {MAX_SCANS} scans")
-    # The strips of a TIFF may overlap. A plane of its own for each of up to six samples is usual.
+    # The strips of a TIFF may overlap. A separate plane for each of up to six samples is usual.
     tiles = [tile.extents for tile in image.tile if tile.extents]
     area = sum((right - left) * (bottom - top) for left, top, right, bottom in tiles)
     if area > 8 * max(image.width * image.height, MAX_SIDE):
@@ -105,8 +105,8 @@ def scans(image: Image.Image) -> int:
 def _jpeg(data: bytes) -> bytes:
     """Remove comments and application segments except JFIF's and Adobe's, which say how to decode.
 
-    Pillow joins the segments of EXIF in quadratic time, logs a warning for every tag that it does
-    not like, and takes a file with a directory of further images (MPO) for another format.
+    Pillow joins the segments of EXIF in quadratic time, logs a warning for every tag that it cannot
+    read, and treats a file with a directory of further images (MPO) as another format.
     """
     kept, offset = [b"\xff\xd8"], 2
     for _ in range(MAX_PARTS):
@@ -155,7 +155,7 @@ def _riff(data: bytes) -> bytes:
 def _isobmff(data: bytes) -> bytes:
     """Limit the boxes at the top of an AVIF, and hide its EXIF, which Pillow parses like a TIFF.
 
-    libavif has limits of its own for the boxes inside.
+    libavif itself limits the boxes inside.
     """
     hidden = bytearray(data)
 
@@ -207,7 +207,7 @@ def _gif_table(flags: int) -> int:
 
 
 def _bmp(data: bytes) -> bytes:
-    """Refuse run lengths, which Pillow decodes in Python."""
+    """Reject run lengths, which Pillow decodes in Python."""
     header, compression = struct.unpack_from("<I12xI", data, 14)
     if header >= 40 and compression not in (0, 3):
         raise UnsupportedVariant("a compressed BMP")

@@ -18,9 +18,9 @@ _header = APIKeyHeader(
 
 
 class ApiKeys:
-    """The API keys of a file, one a line; a line that starts with `#` is a comment.
+    """The API keys of a file, one per line; a line that starts with `#` is a comment.
 
-    Digests of one length are compared, each with all, so that the time reveals nothing.
+    Digests of equal length are compared with every key, so that the time reveals nothing.
 
     Args:
         file: the file, or None to require no key.

@@ -1,4 +1,4 @@
-"""JSON logs on standard error, one object a line."""
+"""JSON logs on standard error, one object per line."""
 
 import logging
 import logging.config

@@ -124,7 +124,7 @@ class Cors(CORSMiddleware):
 class SecurityHeadersMiddleware:
     """Add headers that forbid browsers to run, frame or sniff a response.
 
-    The page has a `Content-Security-Policy` of its own.
+    The page has its own `Content-Security-Policy`.
     """
 
     app: ASGIApp

@@ -1,4 +1,4 @@
-"""Content negotiation (RFC 9110): what `Accept` and `Accept-Encoding` ask for."""
+"""Content negotiation (RFC 9110) by `Accept` and `Accept-Encoding`."""
 
 from gateway.encoders import ENCODINGS, FORMATS, JSON, Format
 from gateway.errors import NotAcceptable

@@ -41,7 +41,7 @@ class Supervisor(Multiprocess):
         self._delay_s = delay_s
 
     def handle_term(self) -> None:
-        """Start to stop."""
+        """Begin the shutdown."""
         for process in self.processes:
             if process.pid and process.exitcode is None:
                 os.kill(process.pid, STOP_SOON)

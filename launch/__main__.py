@@ -101,9 +101,9 @@ def _run(stop: threading.Event, changed: threading.Event, say: Echo) -> None:
     packages = None
     if gpu := usable_gpu(say):
         packages = installed_packages()
-        used = "" if packages else " is not used: `make serve` installs what it needs"
+        used = "" if packages else " is not used: `make serve` installs its packages"
         say(f"GPU: {gpu.name}{used}")
-    say(f"Starting Triton: some seconds, more with a large network (log: {log})")
+    say(f"Starting Triton: a few seconds, longer with a large network (log: {log})")
     begin = time.monotonic()
     health = HealthCheck(address.host, address.http_port)
     with state.announced(port), Supervisor(start_triton, health.fault, say) as server:

@@ -69,7 +69,7 @@ def check_free(host: str, ports: Mapping[str, int]) -> None:
     for variable, port in ports.items():
         if port in variables:
             raise LaunchError(
-                f"{variables[port]} and {variable} are both {port}: give each a port of its own"
+                f"{variables[port]} and {variable} are both {port}: set different ports"
             )
         variables[port] = variable
         try:

@@ -45,7 +45,7 @@ class Crop:
 
 
 def collate(crops: list[Crop], random: torch.Generator) -> Batch:
-    """Make a batch of crops: change colours, and mark what leaves the crop as occluded."""
+    """Make a batch of crops: change colours, and mark pixels that leave the crop as occluded."""
     frames = torch.stack([crop.frames for crop in crops], 1)
     flow = torch.stack([crop.flow for crop in crops])
     occluded = torch.stack([crop.occluded for crop in crops]) | leaves(flow)

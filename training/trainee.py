@@ -1,4 +1,4 @@
-"""A network in training: the blocks that are trained, and the frozen ones that feed them."""
+"""A network in training: the blocks that are trained, and the frozen blocks that feed them."""
 
 from __future__ import annotations
 

@@ -101,5 +101,5 @@ def warp_by_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     model.functions.append(parser.parse_function(FUNCTION))
     if DOMAIN not in (opset.domain for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    # Each use gets names of its own, about which TensorRT would warn otherwise.
+    # Each use gets different names; TensorRT warns about repeated names.
     return inliner.inline_selected_functions(model, [(DOMAIN, NAME)])

@@ -1,4 +1,4 @@
-"""The GPU that can serve on this machine, found through the CUDA driver alone."""
+"""Finding the GPU that can serve on this machine, with nothing but the CUDA driver."""
 
 import ctypes
 import os

@@ -25,7 +25,7 @@ def read_checkpoint(path: Path) -> WeightFile:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{path.name}: not a PyTorch checkpoint, or one with objects other than tensors, which "
-            "are not loaded; save the network's state_dict alone"
+            "are not loaded: save only the network's state_dict"
         ) from error
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

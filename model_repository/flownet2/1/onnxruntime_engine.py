@@ -1,9 +1,9 @@
 """Runs an exported network on a GPU by ONNX Runtime, in half precision.
 
 ONNX Runtime selects cuDNN's algorithms again whenever a shape or batch size changes
-(microsoft/onnxruntime issue 23006). A shape that recurs therefore gets a session of its own, whose
-dimensions are fixed: everything that depends on them is folded into constants, inputs and outputs
-stay at one place on the GPU, and a CUDA graph replays all kernels in one launch.
+(microsoft/onnxruntime issue 23006). A shape that recurs therefore gets a session with fixed
+dimensions. Everything that depends on them is folded into constants, inputs and outputs have fixed
+addresses on the GPU, and a CUDA graph replays all kernels in one launch.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ from .widening import widen_concats
 
 
 class Graph:
-    """A network's graph, from which those for fixed shapes are made.
+    """A network's graph, from which the graphs for fixed shapes are made.
 
     Attributes:
         metadata: of the ONNX file.
