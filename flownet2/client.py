@@ -103,14 +103,16 @@ class AsyncClient:
     ) -> Result:
         """Compute the optical flow between two images of one size, at that size.
 
+        The images have at least 16x16 pixels. `Result` describes the flow.
+
         Args:
             image1: a path, a URL that fsspec reads, the bytes of an image file, a file opened in
                 binary mode, a Pillow image, or uint8 RGB `[H, W, 3]`.
             image2: as `image1`.
             direction: "forward" from the first image to the second, "backward" the reverse, or
                 "both".
-            max_edge: reduce the images to this longer edge first, in pixels, if they are larger;
-                the flow then has the reduced size, and is in pixels of it.
+            max_edge: reduce images with a longer edge to this length first, 16 pixels or more. The
+                flow then has the reduced size, and is in pixels of it.
 
         Raises:
             FlowError: an argument is invalid, or no server returns a flow.
@@ -297,17 +299,29 @@ class Client:
         direction: Direction = "forward",
         max_edge: int | None = None,
     ) -> Result:
-        """Compute the optical flow between two images; see `AsyncClient.flow`."""
+        """Compute the optical flow between two images of one size; see `AsyncClient.flow`.
+
+        Raises:
+            FlowError: an argument is invalid, or no server returns a flow.
+        """
         return self._run(
             lambda client: client.flow(image1, image2, direction=direction, max_edge=max_edge)
         )
 
     def models(self) -> list[Model]:
-        """List the models that a server has loaded; see `AsyncClient.models`."""
+        """List the models that a server has loaded.
+
+        Raises:
+            FlowError: no server answers.
+        """
         return self._run(lambda client: client.models())
 
     def model(self) -> Model:
-        """Describe the model that this client uses; see `AsyncClient.model`."""
+        """Describe the model that this client uses; see `AsyncClient.model`.
+
+        Raises:
+            FlowError: no server answers, or the one that does has not loaded the model.
+        """
         return self._run(lambda client: client.model())
 
     def _run(self, call: Callable[[AsyncClient], Coroutine[Any, Any, T]]) -> T:

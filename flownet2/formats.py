@@ -139,12 +139,12 @@ def _as_flow(array: npt.NDArray[np.generic]) -> Flow:
 
 
 def to_hdf5(flow: Flow) -> bytes:
-    """Return an HDF5 file with the data set `flow`."""
+    """Return an HDF5 file with the dataset `flow`."""
     return _hdf5(flow)
 
 
 def to_flo5(flow: Flow) -> bytes:
-    """Return Spring's .flo5: HDF5 with the data set `flow`, compressed."""
+    """Return Spring's .flo5: HDF5 with the dataset `flow`, compressed."""
     return _hdf5(flow, compression="gzip", compression_opts=5)
 
 
@@ -156,10 +156,10 @@ def _hdf5(flow: Flow, **options: Any) -> bytes:
 
 
 def from_hdf5(content: bytes) -> Flow:
-    """Return the data set `flow` of an HDF5 file, such as Spring's .flo5.
+    """Return the dataset `flow` of an HDF5 file, such as Spring's .flo5.
 
     Raises:
-        FormatError: the file is damaged, or has no such data set.
+        FormatError: the file is damaged, or has no such dataset.
         MissingExtra: h5py is not installed.
     """
     h5py = _h5py()
@@ -168,9 +168,9 @@ def from_hdf5(content: bytes) -> Flow:
             linked = isinstance(file.get("flow", getlink=True), h5py.HardLink)
             data = file["flow"] if linked else None  # other links may lead to other files
             if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
-                raise FormatError("it has no data set 'flow'")
+                raise FormatError("it has no dataset 'flow'")
             if data.nbytes > _DEFLATE_RATIO * data.id.get_storage_size():
-                raise FormatError("it is damaged: its data set is larger than its content")
+                raise FormatError("it is damaged: its dataset is larger than its content")
             array = data[()]
     except FormatError:
         raise

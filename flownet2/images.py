@@ -216,7 +216,7 @@ def _to_8_bits(image: Image.Image, name: str) -> Pixels:
 
 
 def shrunk(pixels: Pixels, longest: int) -> Pixels:
-    """Return the image with its longer edge reduced to `longest` pixels, if it is longer."""
+    """Return uint8 RGB `[H, W, 3]` with its longer edge reduced to at most `longest` pixels."""
     height, width, _ = pixels.shape
     scale = longest / max(height, width)
     if scale >= 1:

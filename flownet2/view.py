@@ -1,4 +1,8 @@
-"""Visualisations of flow: colours with their legend, arrows, warped frames, error maps."""
+"""Visualisations of flow: colours with their legend, arrows, warped frames, error maps.
+
+Flow is float32 `[height, width, 2]` in pixels, NaN where it is unknown. Frames and pictures are
+uint8 RGB `[height, width, 3]`.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

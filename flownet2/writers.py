@@ -150,7 +150,7 @@ def _filled(pattern: str, number: int, stem: str = "stem", axis: str = "xy") -> 
 
 
 def grey_jpgs(flow: Flow, bound: float) -> list[bytes]:
-    """Encode u and v as grey JPEGs, -bound as black and +bound as white."""
+    """Encode u and v as grey JPEGs, -`bound` pixels as black and +`bound` as white."""
     levels = np.clip(np.rint((flow + bound) * (255 / (2 * bound))), 0, 255)
     return [_jpeg(np.nan_to_num(levels[..., i], nan=128).astype(np.uint8)) for i in (0, 1)]
 

@@ -221,7 +221,7 @@ def test_hdf5_does_not_lead_to_other_files(tmp_path: Path, flow: np.ndarray) -> 
     write_flow(tmp_path / "other.h5", flow)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["flow"] = h5py.ExternalLink("other.h5", "flow")
-    with pytest.raises(FormatError, match="no data set"):
+    with pytest.raises(FormatError, match="no dataset"):
         read_flow(tmp_path / "a.h5")
 
 
