@@ -148,7 +148,7 @@ def test_an_engine_that_cannot_be_built_is_told_and_not_fatal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert not container.build_engine(tmp_path, "flownet2", threading.Event())
-    assert "model_fp16.onnx is missing" in capfd.readouterr().err
+    assert "model.onnx is missing" in capfd.readouterr().err
 
 
 def test_after_a_reload_a_model_without_a_right_engine_is_served_as_before(

@@ -44,9 +44,8 @@ class OnnxParser:
     def __init__(self, network, log):
         self.network = network
 
-    def parse_from_file(self, file):
-        with open(file, "rb") as opened:
-            self.network.model = opened.read()
+    def parse(self, model):
+        self.network.model = model
         return True
 
 
