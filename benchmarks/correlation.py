@@ -39,7 +39,7 @@ class Kernel:
     """The kernels of plugins/, on PyTorch's tensors and current stream."""
 
     def __init__(self, folder: Path) -> None:
-        """Compile them for this machine's GPU, into a library in `folder`.
+        """Compile the kernels for this machine's GPU, into a library in `folder`.
 
         Raises:
             Missing: there is no GPU, or no nvcc.

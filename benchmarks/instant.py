@@ -23,7 +23,7 @@ UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 
 class Instant(GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Serves the model `flownet2`."""
+    """gRPC service of a Triton with the model `flownet2`, which takes no time."""
 
     def ModelStatistics(self, _request: Any, _context: Any) -> Any:
         statistics = messages.ModelStatisticsResponse()

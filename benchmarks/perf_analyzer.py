@@ -37,7 +37,7 @@ class Unavailable(Error):
 
 
 class PerfAnalyzer:
-    """The program, with the libraries that it needs."""
+    """NVIDIA's perf_analyzer, with the libraries that it needs."""
 
     def __init__(self, cache: Path = CACHE) -> None:
         """Download the program, unless it is in the cache.
@@ -56,7 +56,7 @@ class PerfAnalyzer:
         """Measure a Triton's ``flownet2`` with a sample pair, and return a Markdown table.
 
         Args:
-            address: where the Triton listens.
+            address: host and ports of the Triton.
             concurrencies: numbers of clients.
             rounds: requests of each client in a measurement, of which there are three.
         """

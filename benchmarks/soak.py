@@ -247,7 +247,7 @@ def read_flow(response: httpx2.Response) -> npt.NDArray[np.float32]:
 
 
 def request(seed: int) -> dict[str, bytes]:
-    """Return the files of a pair: smooth noise, and the same shifted by three pixels."""
+    """Return the files of a pair: smooth noise, and the same noise shifted by three pixels."""
     noise = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8)
     image = Image.fromarray(noise).resize(SIZE, Image.Resampling.BICUBIC)
     moved = image.transform(SIZE, Image.Transform.AFFINE, (1, 0, 3, 0, 1, 0))
@@ -260,7 +260,7 @@ def request(seed: int) -> dict[str, bytes]:
 
 
 def memory(service: Server) -> tuple[str, str]:
-    """Return the MiB that the gateway holds, and those used in /dev/shm."""
+    """Return the MiB of memory that the gateway holds, and the MiB used in /dev/shm."""
     while not service.child:  # it may answer before it counts as ready
         time.sleep(0.1)
     parent = psutil.Process(service.child.pid)

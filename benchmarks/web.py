@@ -116,7 +116,7 @@ def encode(image: Image.Image, format: str) -> bytes:
 
 
 def requests(pngs: Sequence[bytes]) -> list[Request]:
-    """Return the requests: the usual one, then other inputs and other outputs."""
+    """Return the requests: JSON in and out, then other inputs and other outputs."""
     jpegs = [encode(Image.open(io.BytesIO(png)), "JPEG") for png in pngs]
     native = "/estimate_flow/?size=native"
     as_json, as_npy, as_png = (

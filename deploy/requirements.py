@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """Return the requirements of `extras` without the client's own, or the client's if empty.
+    """Return the requirements that `extras` add to the client's, or the client's for no extras.
 
     Raises:
         KeyError: an extra does not exist.

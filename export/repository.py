@@ -41,7 +41,7 @@ def write_model(
     only if they differ.
 
     Args:
-        model: the network in float32. Its golden pair has this flow, whatever runs it.
+        model: the network in float32. The flow of the golden pair is computed with it.
         description: parameters of the served model, which the gateway's list of models shows:
             ``network``, ``parameters``, ``weights_source``, ``weights_license``. ``model_sha256``,
             of the network with its weights, is added.

@@ -27,8 +27,11 @@ SHIPPED = "shipped_weights"  # a parameter that only this model's description ha
 
 
 def shipped_model() -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The shipped network as :func:`export.graph.export_onnx` gives it, and the description
-    that :func:`export.repository.write_model` wants."""
+    """Return the shipped network and its description.
+
+    They are the result of :func:`export.graph.export_onnx` and the argument `description` of
+    :func:`export.repository.write_model`.
+    """
     with safe_open(WEIGHTS, framework="np") as file:
         metadata = file.metadata()
         tensors: dict[str, NDArray[np.generic]] = {
@@ -61,7 +64,7 @@ def write_shipped(repository: Path) -> str:
 
 
 def _name_in_file(parameter: str) -> str:
-    """blocks.net1.decoder.predict6.weight -> net1.predict6.weight (see export.weights)."""
+    """blocks.net1.decoder.predict6.weight -> net1.predict6.weight, the name in a weights file."""
     parts = parameter.split(".")
     return ".".join((parts[1], *parts[-2:])) if len(parts) > 1 else parameter
 

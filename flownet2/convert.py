@@ -103,7 +103,8 @@ def write_file(source: Path, target: Path, format: Format, max_flow: float | Non
         source: the flow file.
         target: the file to write.
         format: its format.
-        max_flow: motion of the strongest colours of a picture, in pixels; by default the longest.
+        max_flow: motion drawn in the strongest colours of a picture, in pixels; by default the
+            longest.
 
     Raises:
         FormatError: the source is damaged, or the format cannot hold its flow.

@@ -37,7 +37,7 @@ class Layout:
         occlusions: mask, above zero for pixels that are hidden in the second frame.
         visible_truth: the true flow of visible pixels only, as in KITTI.
         invalid: mask, above zero for pixels that are not evaluated.
-        supersampled: whether the truth has four vectors for each pixel, as Spring's has.
+        supersampled: whether the truth has four vectors for each pixel, as in Spring.
         leads_out: whether the last flow of a sequence has no second frame.
         splits: names of the training and of the evaluation split.
         alternative: whether it is used only if the previous layout finds no pairs.

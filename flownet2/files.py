@@ -15,8 +15,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, shared: bo
         path: the file to write or to replace.
         content: its new content.
         shared: whether several processes, also on other machines, may write the file at once. Each
-            then uses a hidden file of its own; otherwise the next writer reuses the file that a
-            killed one left behind.
+            then uses its own hidden file; otherwise the next writer reuses the file that a killed
+            writer left behind.
 
     Raises:
         OSError: the file cannot be written; `filename` is `path`.

@@ -183,7 +183,7 @@ class Index:
         )
 
     def has(self, file: str) -> bool:
-        """Return True if a file is as it was written; on remote storage only sizes are compared."""
+        """Return True if a file is unchanged; on remote storage only the sizes are compared."""
         row = self._rows.get(file)
         if row is None:
             return False

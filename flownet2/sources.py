@@ -32,10 +32,10 @@ def find(
     """Find the sources that arguments name.
 
     An argument is a path, a URL, a pattern, `camera:N`, or "-" for standard input. A path that
-    exists is never taken as a pattern. Folders are searched with their subfolders.
+    exists is never taken as a pattern. Folders are searched recursively.
 
     Args:
-        arguments: what to look for.
+        arguments: the command's arguments.
         warn: receives a line if files in folders are left out.
         exclude: folders to skip, such as that of the results.
 

@@ -44,7 +44,7 @@ def health_check(gpu: bool) -> dict[str, NDArray[np.uint8]]:
 
     Args:
         gpu: True if the model runs on a GPU. Its images are then 512x512: an engine for that size
-            exists anyway, and another size would cost one more. On a CPU they are 64x64, the
+            exists anyway, and another size would need another engine. On a CPU they are 64x64, the
             smallest size that the networks compute.
 
     Returns:

@@ -264,7 +264,7 @@ class _Reading:
         return ""
 
     def _cut_off(self) -> bool:
-        """Compare the end of the packets with the length that the header promises."""
+        """Return True if the packets end before the length that the header gives."""
         container, stream = self._container, self._stream
         if self._live or container.format.flags & av.format.Flags.no_timestamps.value:
             return False  # there is no length, or one estimated from the bit rate

@@ -133,10 +133,10 @@ def serve(
     Args:
         repository: folder of models that Triton reads.
         sources: folders that the models come from.
-        address: where it listens.
+        address: host and ports on which it listens.
         configuration: TENSORRT, PYTHON or CPU.
         port: port of the gateway, which starts when Triton is ready; None for no gateway.
-        stop: ends it when set.
+        stop: event that ends it.
         changed: when set, the models are loaded again.
 
     Raises:

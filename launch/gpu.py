@@ -73,7 +73,7 @@ def install() -> None:
 
 
 def main() -> int:
-    """Install the packages if a GPU can be used; if that fails, the CPU serves."""
+    """Install the packages if a GPU can be used; if the installation fails, the CPU serves."""
     with contextlib.suppress(LaunchError):  # the launcher reports these
         gpu = usable_gpu(lambda line: None)
         if gpu and not installed_packages():

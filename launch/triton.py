@@ -204,7 +204,7 @@ def load(models: Iterable[str], address: Address, key: str) -> None:
     """Have Triton load models again; it serves the old version of each until the new one is ready.
 
     Raises:
-        LaunchError: some could not be loaded; the others were.
+        LaunchError: some models could not be loaded; the others were.
     """
     failed: dict[str, str] = {}
     for model in models:
@@ -240,7 +240,7 @@ def _listed(failed: Mapping[str, str]) -> str:
 
 
 def admin_key() -> str:
-    """Return the operator's key: the content of TRITON_ADMIN_KEY_FILE, or a random one.
+    """Return the operator's key: the content of TRITON_ADMIN_KEY_FILE, or a random key.
 
     Raises:
         LaunchError: the file cannot be read, or does not hold a key.
@@ -275,7 +275,7 @@ def options(
         program: the tritonserver, which is asked for the newer options that it has.
         environment: of the tritonserver.
         repository: folder of model folders.
-        address: where it listens.
+        address: host and ports on which it listens.
         key: the operator's key.
         config_name: Triton's `--model-config-name` (a file of `<model>/configs/`). A model that
             cannot be loaded with it ends Triton, so that another configuration can be tried.

@@ -54,7 +54,7 @@ def serve(
 
     Args:
         repository: folder of model folders.
-        address: where it listens; free ports of 127.0.0.1 if None.
+        address: host and ports on which it listens; free ports of 127.0.0.1 if None.
         gpu_packages: folder with the Python packages that a GPU needs; None hides the GPUs.
         echo: receives the server's log lines.
         say: receives warnings, and the engine of each model.

@@ -101,8 +101,10 @@ class TrainingC(nn.Module):
             self.log_factor.fill_(math.log(peak))
 
     def unfold(self) -> None:
-        """Set basis and factor to the best approximation of the plain conv3_1 of their rank; the
-        inverse of :meth:`fold`."""
+        """Set basis and factor to the best approximation of the plain conv3_1 of their rank.
+
+        This is the inverse of :meth:`fold`.
+        """
         with torch.no_grad():
             plain = self.block.tail["conv3_1"]
             assert isinstance(plain, Conv)

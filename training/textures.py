@@ -23,8 +23,10 @@ PROCEDURAL_CUTOUTS = 0.35
 
 
 class _Files:
-    """The pictures of a folder, drawn with a probability per package that grows as the square root
-    of its number of pictures."""
+    """The pictures of a folder, drawn at random.
+
+    The probability of a package grows as the square root of its number of pictures.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(folder.iterdir())

@@ -70,8 +70,9 @@ class Trainee(nn.Module):
         return self.matcher.features(images - self.means())[1]
 
     def forward(self, images: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
-        """Return the predictions of each trained block, coarsest first, in units of `scale` pixels;
-        and FlowNetC's cost volume if it is trained.
+        """Return the predictions of each trained block, and the cost volume of a trained FlowNetC.
+
+        Predictions are coarsest first, in units of `scale` pixels.
 
         Args:
             images: [2, N, 3, H, W], BGR in 0..1.

@@ -94,7 +94,7 @@ def build_plan(trt: Any, log: Any, model: Path, plan: Path) -> None:
     """Build the engine of an ONNX file.
 
     Raises:
-        EngineError: TensorRT cannot build it, or it cannot be written.
+        EngineError: TensorRT cannot build the engine, or it cannot be written.
     """
     logger.info("building %s with TensorRT %s", plan, trt.__version__)
     started = time.monotonic()
@@ -149,7 +149,7 @@ def start(part: Any, log: Any) -> Any:
     """Create TensorRT's builder or runtime.
 
     Raises:
-        EngineError: it does not support this GPU or driver.
+        EngineError: TensorRT does not support this GPU or driver.
     """
     try:
         return part(log)

@@ -1,8 +1,8 @@
 """The warp of a network in gathers, for TensorRT.
 
-From 10.14.1 on, TensorRT is reported to compute a wrong float32 ``GridSample`` inside a network of
-half precision (pytorch/TensorRT issue 4074), which ours are. Only the graph that TensorRT builds is
-rewritten: the other engines are faster with ``GridSample``.
+TensorRT 10.14.1 and later are reported to compute a wrong float32 ``GridSample`` in half-precision
+networks such as ours (pytorch/TensorRT issue 4074). Only the graph for TensorRT is rewritten,
+because other engines are faster with ``GridSample``.
 """
 
 import onnx

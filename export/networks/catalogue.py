@@ -12,8 +12,8 @@ class Network:
 
     Attributes:
         name: as the release spells it; names that differ only in case are different networks.
-        cascade: kind of each network in order: "C", "S" or "SD". Each after the first refines the
-            flow of the previous one.
+        cascade: kind of each network in order: "C", "S" or "SD". Each network after the first
+            refines the flow of the previous network.
         width: fraction of the full channel counts.
         fusion: whether SD runs beside the cascade and Fusion joins both.
     """

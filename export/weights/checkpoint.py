@@ -15,7 +15,7 @@ PREFIXES = ("module.", "model.")  # of DataParallel and Lightning
 
 
 def read_checkpoint(path: Path) -> WeightFile:
-    """Read a checkpoint that holds tensors and plain values, executing nothing in it.
+    """Read a checkpoint of tensors and plain values, without executing anything in it.
 
     Raises:
         WeightsError: the file cannot be read, or holds no state_dict.

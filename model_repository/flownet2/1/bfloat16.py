@@ -149,8 +149,9 @@ def rounded(numbers: Numbers) -> Numbers:
     """Round to bfloat16, kernels ``[.., .., kh, kw]`` so that their sums stay nearly the same.
 
     If each weight is rounded to the nearest number, the sum of a kernel is off by about one unit of
-    its weights, which shifts all of a feature that varies slowly. So in each kernel the weights
-    nearest to the middle of two numbers are rounded the other way while that improves the sum.
+    its weights, which shifts a slowly varying feature as a whole. Therefore the weights of a kernel
+    that are nearest to the middle of two numbers are rounded the other way, as long as that
+    improves the sum.
 
     OpenVINO's own conversion rounds toward zero half of the time, which shrinks all weights.
     """

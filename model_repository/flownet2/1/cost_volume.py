@@ -52,7 +52,7 @@ def divide_in_weights(model: openvino.Model, names: CostVolume) -> bool:
     The exported graph multiplies both feature maps by ``C ** -0.5`` instead. Between the volume and
     the weights lies a LeakyReLU, which commutes with a positive factor.
 
-    It saves no time by itself, but a rounding of bfloat16 features.
+    It saves no time by itself, but one rounding of the bfloat16 features.
 
     Returns:
         False if the graph around the volume has another form; it is then not changed.
@@ -85,7 +85,7 @@ def multiply_in_blocks(model: openvino.Model, names: CostVolume) -> None:
     parity, the positions of ``a`` are cut into blocks, and a block is compared with the positions
     of ``b`` from ten before it to ten behind it. A Gather then picks each position's own 21 x 21.
 
-    Time relative to without: 0.90 in bfloat16, 0.93 in float32.
+    Time with this pass, relative to without it: 0.90 in bfloat16, 0.93 in float32.
 
     Args:
         model: with inputs of a fixed shape and a batch of one.
@@ -162,7 +162,7 @@ def _only_reader(value: Value | None, kind: str) -> Value | None:
 
 
 def _divisor(number: int, near: int) -> int:
-    """Return the divisor of a number whose ratio to another number is nearest to 1."""
+    """Return the divisor of `number` whose ratio to `near` is closest to 1."""
     divisors = (each for each in range(1, number + 1) if number % each == 0)
     return min(divisors, key=lambda each: abs(math.log(each / near)))
 

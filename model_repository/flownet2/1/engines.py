@@ -79,7 +79,7 @@ class Golden:
             ) from error
 
     def difference(self, engine: Engine) -> float:
-        """Return the mean distance of an engine's flow to the golden one, in pixels.
+        """Return the mean distance of an engine's flow from the golden flow, in pixels.
 
         It is the largest of several runs, which include every way in which the engine runs this
         shape.
@@ -127,7 +127,7 @@ def candidates(folder: Path, gpu: int | None, golden: Golden) -> Iterator[Candid
     Args:
         folder: the model's version folder.
         gpu: the number of the GPU to run on, None for the CPU.
-        golden: its golden pair.
+        golden: the model's golden pair.
     """
     provider = os.environ.get(PROVIDER_VARIABLE)
     if gpu is not None or provider:
@@ -178,7 +178,7 @@ def first_that_is_right(
     """Return the first engine that reproduces the golden pair, and by how many pixels it differs.
 
     Args:
-        engines: by preference.
+        engines: the engines, by preference.
         warn: receives a line for each engine that fails.
 
     Raises:

@@ -19,7 +19,7 @@ LEVELS = np.float32(255)
 def turn_bytes(model: openvino.Model) -> None:
     """Bring the pixels into BGR planes as bytes, before they become float32, in place.
 
-    Time relative to without: 0.96.
+    Time with this pass, relative to without it: 0.96.
     """
     for node in model.get_ordered_ops():
         pixels = (
@@ -90,7 +90,7 @@ def _is_normalisation(node: openvino.Node) -> bool:
 def _inputs(convolution: openvino.Node) -> list[tuple[Argument, int]]:
     """Return the node where a convolution's features enter: itself, or a Concat that only it reads.
 
-    With each goes the number of its first channel.
+    Each comes with the number of its first channel.
     """
     concat = convolution.input_value(0).get_node()
     if concat.get_type_name() != "Concat" or len(readers(concat.output(0))) != 1:
@@ -107,13 +107,13 @@ def read_whole_numbers(model: openvino.Model) -> None:
 
     The whole numbers from -255 to 255 are exact in bfloat16; an image in 0..1 less its mean is not.
     The rest of the mean, at most half a grey level, goes into the bias. (At the edges the padding
-    is then off by that rest.) A convolution that reads a single image gets it without a
+    is then off by this rest.) A convolution that reads a single image gets it without a
     transposition.
 
-    For fixed shapes whose sides are multiples of 64, so that images are not resampled, and after
-    :func:`turn_bytes`, :func:`read_levels` and the cast to bfloat16.
+    The pass is for fixed shapes whose sides are multiples of 64, so that images are not resampled.
+    It runs after :func:`turn_bytes`, :func:`read_levels` and the cast to bfloat16.
 
-    Time relative to without: 0.98.
+    Time with this pass, relative to without it: 0.98.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Convolution":

@@ -56,7 +56,8 @@ class OpenVinoEngine:
     def __call__(self, image1: Images, image2: Images) -> Flow:
         """Compute the flow from ``image1`` to ``image2``, ``[N, H, W, 3]``.
 
-        The pairs of a batch run one after the other: together they take longer, and more memory.
+        The pairs of a batch run one after the other, because together they take more time and
+        memory.
         """
         shape = (1, *image1.shape[1:])
         request = self._planned[shape]

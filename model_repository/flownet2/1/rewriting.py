@@ -41,7 +41,7 @@ def readers(value: Value) -> list[openvino.Node]:
 
 
 def replace(old: Value, new: Value) -> None:
-    """Let all readers of a value read another one."""
+    """Let all readers of a value read another value."""
     for reader in old.get_target_inputs():
         reader.replace_source_output(new)
 

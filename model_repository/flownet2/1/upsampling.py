@@ -13,7 +13,7 @@ def upsample_by_gather(model: openvino.Model) -> None:
     Each axis, columns first, becomes ``x[i] + (x[i + 1] - x[i]) * f``: on two channels of flow,
     OpenVINO's Interpolate takes five times as long.
 
-    Time relative to without: 0.97.
+    Time with this pass, relative to without it: 0.97.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Interpolate" and _is_aligned_upsampling(node):

@@ -18,7 +18,7 @@ def widen_concats(model: openvino.Model) -> None:
     its input channels is not a multiple of 32, and the decoders' are not: features, upsampled
     features and two channels of upsampled flow, whose layer gains the zero channels here.
 
-    Time relative to without: 0.85.
+    Time with this pass, relative to without it: 0.85.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Concat":
