@@ -197,7 +197,9 @@ def picture(pair: Pair, methods: dict[str, Method]) -> Image8:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
-    parser.add_argument("--pairs", type=Path, required=True, help="folder of folders of pairs")
+    parser.add_argument(
+        "--pairs", type=Path, required=True, help="folder with a folder for each pair"
+    )
     parser.add_argument(
         "--model", type=Path, action="append", default=[], help="exported model.onnx; repeatable"
     )

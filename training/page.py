@@ -62,7 +62,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.page", description=__doc__)
     parser.add_argument("pair", type=Path, help="folder with frame0.png and frame1.png")
-    parser.add_argument("--url", default="http://127.0.0.1:5003", help="of the running service")
+    parser.add_argument("--url", default="http://127.0.0.1:5003", help="URL of the running service")
     arguments = parser.parse_args()
     write_sample(arguments.pair, arguments.url, ROOT / "gateway" / "web" / "sample")
     write_picture(arguments.url, ROOT / "samples" / "page.jpg")

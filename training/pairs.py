@@ -16,8 +16,11 @@ from flownet2.images import Pixels
 
 @dataclass(frozen=True)
 class Pair:
-    """`frames` uint8 RGB [H, W, 3]; `flow` float32 [H, W, 2] in pixels, zero where it is not
-    `valid` bool [H, W]; `occluded` bool [H, W] if it is known."""
+    """A pair with its ground truth.
+
+    `frames` uint8 RGB [H, W, 3]; `flow` float32 [H, W, 2] in pixels, zero where it is not `valid`;
+    `valid` bool [H, W]; `occluded` bool [H, W] if it is known.
+    """
 
     name: str
     frames: tuple[Pixels, Pixels]

@@ -18,8 +18,11 @@ MARGIN = 64  # pixels by which a scene is higher and wider than its crops
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` float32 [2, B, 3, h, w], BGR in 0..1; `flow` float32 [B, 2, h, w] in pixels;
-    `occluded` bool [B, h, w]; `valid` bool [B, h, w], true where the flow is known."""
+    """Crops that are ready for a training step.
+
+    `images` float32 [2, B, 3, h, w], BGR in 0..1; `flow` float32 [B, 2, h, w] in pixels;
+    `occluded` bool [B, h, w]; `valid` bool [B, h, w], true where the flow is known.
+    """
 
     images: Tensor
     flow: Tensor
@@ -155,8 +158,7 @@ class ScenePool:
         self.rendered += 1
 
     def draw(self, count: int, reuse: float, random: torch.Generator) -> list[Crop]:
-        """Draw crops, after rendering as many new scenes as a mean of `reuse` uses per scene
-        needs."""
+        """Draw crops, after rendering new scenes so that each is used `reuse` times on average."""
         self.owed += count / reuse
         while self.owed >= self.scenes:
             self.render_next()

@@ -28,7 +28,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.samples", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("samples"))
-    parser.add_argument("--name", default="layers", help="of the folders, before their number")
+    parser.add_argument("--name", default="layers", help="folder names before the number")
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), help="height and width")
@@ -37,7 +37,9 @@ def main() -> None:
         "--augment", action="store_true", help="with training's effects, noise and colour changes"
     )
     parser.add_argument("--displacement", type=float, default=1.0, help="scale of the motions")
-    parser.add_argument("--driving", action="store_true", help="a camera that moves forward")
+    parser.add_argument(
+        "--driving", action="store_true", help="scenes with a camera that moves forward"
+    )
     arguments = parser.parse_args()
     textures = Textures(arguments.textures)
     for number in range(arguments.count):

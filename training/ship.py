@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of training.train")
     parser.add_argument("weights", type=Path, help="file to write")
-    parser.add_argument("--mean-with", type=Path, help="weights of the same network")
+    parser.add_argument("--mean-with", type=Path, help="file with initial weights: ship the mean")
     arguments = parser.parse_args()
     model, source = finished_model(arguments.run)
     if arguments.mean_with:

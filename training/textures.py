@@ -121,8 +121,10 @@ def _cutout(path: Path, size: int) -> Tensor:
 
 
 def procedural_tiles(count: int, random: torch.Generator, size: int = TILE_SIZE) -> Tensor:
-    """Generate coloured textures, uint8 [count, 3, size, size]: noise in octaves, half of them
-    quantised to flat patches with sharp edges."""
+    """Generate coloured textures, uint8 [count, 3, size, size].
+
+    They are noise in octaves. Half of them are quantised to flat patches with sharp edges.
+    """
     texture = torch.zeros(count, 3, size, size)
     for octave in (4, 8, 16, 32, 64, 112, 224):
         noise = torch.randn(count, 3, octave, octave, generator=random)

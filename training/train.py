@@ -465,8 +465,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--textures", type=Path, help="folder of training.collect's output")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=8, help="samples a step at 192x256")
-    parser.add_argument("--learning-rate", type=float, default=4e-4, help="its peak")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="samples per process and step, at 192x256"
+    )
+    parser.add_argument("--learning-rate", type=float, default=4e-4, help="peak learning rate")
     parser.add_argument("--reuse", type=float, default=8.0, help="uses of each rendered scene")
     parser.add_argument("--pool", type=int, default=128, help="scenes kept for reuse")
     parser.add_argument(
@@ -492,13 +494,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--exponent",
         type=float,
         default=1.0,
-        help="of the error in the loss; 0.4 for small motions",
+        help="exponent of the error in the loss; 0.4 for small motions",
     )
     parser.add_argument(
         "--robust-levels",
         type=int,
         default=5,
-        help="number of finest levels whose loss has the exponent; coarser levels have 1",
+        help="number of finest levels with that exponent; coarser levels have exponent 1",
     )
     parser.add_argument(
         "--validation", type=Path, help="folder of pairs (frame0.*, frame1.*, gt.flo or gt.png)"
@@ -519,12 +521,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.1,
         help="share of the sequences of each dataset that is held out for validation",
     )
-    parser.add_argument("--validate-minutes", type=float, default=5.0)
+    parser.add_argument(
+        "--validate-minutes", type=float, default=5.0, help="minutes between validations"
+    )
     parser.add_argument("--log-seconds", type=float, default=20.0)
     parser.add_argument(
         "--crop", type=int, nargs=2, help="fixed crop height and width, multiples of 64"
     )
-    parser.add_argument("--float32", action="store_true", help="instead of bfloat16")
+    parser.add_argument("--float32", action="store_true", help="train in float32, not bfloat16")
     arguments = parser.parse_args(argv)
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
