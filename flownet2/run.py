@@ -35,7 +35,7 @@ class Progress(Protocol):
     """Receives the progress of a run."""
 
     shown: bool
-    """Whether the number of pairs is shown, and therefore worth computing."""
+    """True if the number of pairs is shown, and therefore worth computing."""
 
     def begin(self, name: str) -> None:
         """Show the name of the source whose results are being written."""
@@ -106,7 +106,7 @@ class _Scale:
         self._lengths: list[float] = []
         self._expected = STRETCH
         self.saved = known is not None
-        """Whether a resumed run will find the scale."""
+        """True if a resumed run will find the scale."""
         if known is not None:
             self.value.set_result(known)
 

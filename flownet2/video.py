@@ -92,7 +92,7 @@ def is_network(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a video's header says: number of frames (estimated) and frames per second, or None."""
+    """Facts in a video's header: number of frames (estimated) and frames per second, or None."""
 
     frames: int | None
     rate: float | None
@@ -177,7 +177,7 @@ class _Reading:
         self._suspect = 0
         """Number of the next frames before which a gap in the timestamps is a loss."""
         self._broken = False
-        """Whether frames are predicted from lost ones."""
+        """True while frames are predicted from lost frames."""
         self._intervals = 0
         self._regular_intervals = 0
         self._decoder_errors = 0

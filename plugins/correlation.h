@@ -48,7 +48,7 @@ enum class CorrelationStatus {
   kLaunchFailed,
 };
 
-// A sentence that says what to change; never null, lives for ever.
+// A sentence that says what to change; never null, and never freed.
 const char* correlation_message(CorrelationStatus status);
 
 // Sets the attribute of that name; false if there is none. A value past 32 bits becomes one that

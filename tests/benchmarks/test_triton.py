@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: perf_analyzer, the web layers, the small functions."""
+"""The parts of the benchmarks: perf_analyzer, the web layers, the small functions."""
 
 import base64
 import subprocess

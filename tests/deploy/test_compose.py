@@ -15,7 +15,7 @@ PUBLISHED = ROOT / "deploy" / "publish-triton.yml"
 
 
 def composed(*profiles: str, files: tuple[Path, ...] = (COMPOSE,), **environment: str) -> Any:
-    """What Docker Compose makes of the files."""
+    """Return the configuration that Docker Compose makes of the files."""
     for command in (["docker", "compose"], ["docker-compose"]):
         if not shutil.which(command[0]):
             continue

@@ -173,7 +173,7 @@ class Container:
         return done.returncode == 0
 
     def is_healthy(self) -> bool:
-        """What the image's own check says."""
+        """Return True if the image's own health check succeeds."""
         kind, *command = self.config["Healthcheck"]["Test"]
         assert kind == "CMD"
         return self.succeeds(*command)

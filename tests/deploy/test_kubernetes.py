@@ -100,7 +100,7 @@ def test_the_api_takes_every_manifest(distinct: list[Any], version: str) -> None
 
 
 def custom(manifest: Any) -> bool:
-    """Whether its kind is that of an extension of Kubernetes."""
+    """Return True if its kind belongs to an extension of Kubernetes."""
     group: str = manifest["apiVersion"].partition("/")[0]
     return group in ("keda.sh", "serving.kserve.io", "monitoring.coreos.com")
 

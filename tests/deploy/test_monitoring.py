@@ -1,4 +1,4 @@
-"""What watches the service: every query is PromQL, and asks for metrics that exist."""
+"""Monitoring: every query is PromQL, and uses metrics that exist."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the image of Triton runs at its start, with a real tritonserver."""
+"""The start program of Triton's image, with a real tritonserver."""
 
 import contextlib
 import os

@@ -192,7 +192,7 @@ def test_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-# What Triton batches, what the gateway's default path asks for, and how videos come.
+# Batches of Triton, the gateway's default size, and sizes of videos.
 @pytest.mark.parametrize(
     ("batch", "height", "width", "profile"),
     [

@@ -212,7 +212,7 @@ def test_host_may_be_an_ipv6_address(repository: Path) -> None:
 
 
 def is_flow_right(launcher: Launcher) -> bool:
-    """Whether the service answers; what it answers must be right."""
+    """Return True if the service answers; its answer must be correct."""
     request = urllib.request.Request(
         f"{launcher.url}/estimate_flow/",
         json.dumps(as_json(*map(encoded, IMAGES))).encode(),

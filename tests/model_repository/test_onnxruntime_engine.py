@@ -32,7 +32,7 @@ def test_batches_are_powers_of_two_of_small_images(
     assert [part.start for part in parts] == [sum(sizes[:n]) for n in range(len(sizes))]
 
 
-# What ONNX Runtime 1.32 has CUDA kernels for in the types of our graphs (its OperatorKernels.md).
+# Operators for which ONNX Runtime 1.32 has CUDA kernels in our graphs' types (OperatorKernels.md).
 ON_CUDA = {
     *("Add", "And", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Gather", "GreaterOrEqual"),
     *("GridSample", "LeakyRelu", "Less", "MatMul", "Mul", "Pad", "ReduceL2", "Reshape", "Resize"),

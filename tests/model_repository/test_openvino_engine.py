@@ -61,7 +61,7 @@ def test_bfloat16_engine_stays_close(
 def test_narrow_images_run_in_float32(
     engine_fp32: OpenVinoEngine, engine_bf16: OpenVinoEngine
 ) -> None:
-    """Where OpenVINO is wrong in bfloat16. (Its weights are rounded on every CPU.)"""
+    """Sizes for which OpenVINO is wrong in bfloat16. (Its weights are rounded on every CPU.)"""
     narrow, wide = pair(128, 64), pair(64, 128)
     np.testing.assert_array_equal(engine_bf16(*narrow), engine_fp32(*narrow))
     assert np.abs(engine_bf16(*wide) - engine_fp32(*wide)).max() > 1e-3

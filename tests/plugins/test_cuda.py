@@ -81,7 +81,7 @@ def test_refuses_with_a_message(emulated: ctypes.CDLL, case: Case, word: str) ->
 
 
 def test_nvcc_keeps_sums_in_registers() -> None:
-    """What is set once a block may spill, what is used in each step may not."""
+    """Registers that a block sets once may spill; registers that each step uses may not."""
     needs("nvcc")
     kernels = (build() / "ptxas.log").read_text().split("Compiling entry function")[1:]
     spills = [

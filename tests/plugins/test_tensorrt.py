@@ -89,7 +89,7 @@ def driven(built: Built) -> Built:
 
 
 def drive(built: Built, cases: list[Case]) -> tuple[list[str], str]:
-    """What the harness prints for the cases, a line each, and its log."""
+    """Return the harness's output for the cases, one line each, and its log."""
     lines = [" ".join(map(str, (*case.attributes.values(), *case.shape))) for case in cases]
     done = subprocess.run(
         [built.harness], input="\n".join(lines), capture_output=True, text=True, check=False

@@ -27,7 +27,7 @@ def png(
 
 
 def png_chunk_ends(data: bytes) -> list[int]:
-    """Where each chunk of a PNG ends."""
+    """Return the offset of the end of each chunk of a PNG."""
     ends, offset = [], 8
     while offset < len(data):
         offset += 12 + struct.unpack_from(">I", data, offset)[0]

@@ -1,4 +1,4 @@
-"""What is taken of a package's pictures, on a folder that the test writes."""
+"""The choice among a package's pictures, in a folder that the test writes."""
 
 from pathlib import Path
 
