@@ -41,7 +41,7 @@ def gateway(
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the shipped model alone."""
+    """A repository with only the shipped model."""
     repository = tmp_path_factory.mktemp("shipped")
     write_shipped(repository)
     return repository
@@ -58,5 +58,5 @@ def stack(shipped: Path) -> Iterator[Stack]:
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Exported]:
-    """Architectures in turn; tests that use it run together for each, across files."""
+    """One architecture after the other; all tests of an architecture run together, across files."""
     yield from export(*request.param, tmp_path_factory.mktemp("exported"))

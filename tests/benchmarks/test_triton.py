@@ -23,7 +23,7 @@ from tests.support.stack import ROOT
 
 @pytest.fixture
 def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as those of samples/, the only one there."""
+    """Make a folder with the layout of `samples/` and a single pair."""
     folder = tmp_path / "samples" / "noise"
     folder.mkdir(parents=True)
     random = np.random.default_rng(3)

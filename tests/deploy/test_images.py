@@ -64,7 +64,7 @@ def test_hadolint_has_nothing_to_say() -> None:
 
 
 class Store:
-    """Images in a folder of their own."""
+    """Images in a separate folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ class Store:
         return done.stdout
 
     def build(self, tag: str, file: Path, context: Path, target: str = "") -> None:
-        """Build a Dockerfile's target as it stands, and say how long that took."""
+        """Build a Dockerfile's target without changes, and print the time."""
         begin = time.monotonic()
         options = ["--target", target] if target else []
         # With the layers kept, stages that targets share are built once.
@@ -166,7 +166,7 @@ class Container:
         return [*self.store.command, "run", *self.options, self.name, "--", *command]
 
     def succeeds(self, *command: str) -> bool:
-        """Run a command beside what runs."""
+        """Run a command in the running container; return True if it succeeds."""
         done = subprocess.run(
             self.words([*command]), env=self.store.environment, capture_output=True, check=False
         )
@@ -179,7 +179,7 @@ class Container:
         return self.succeeds(*command)
 
     def main_process(self) -> psutil.Process:
-        """The first process inside, which `docker stop` sends its signal to."""
+        """Return the first process inside, which gets the signal of `docker stop`."""
         user = int(self.config["User"].partition(":")[0])
         children = psutil.Process(self.process.pid).children(recursive=True)
         return next(
@@ -189,7 +189,7 @@ class Container:
         )
 
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """Send SIGTERM, and return the exit status."""
         self.main_process().send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
@@ -208,7 +208,7 @@ class Container:
 
 
 def pip_configuration() -> tuple[str, list[Path]]:
-    """pip.conf with what pip is told on this machine, and the folders that it names."""
+    """Return a pip.conf with pip's settings on this machine, and the folders that it names."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -225,7 +225,7 @@ def pip_configuration() -> tuple[str, list[Path]]:
 
 
 def prepare(pip: str) -> None:
-    """Put into build/ what the stand-ins are made of; the Debians stay there."""
+    """Put the parts of the stand-ins into build/; the Debian systems are kept there."""
     CONTEXT.mkdir(parents=True, exist_ok=True)
     (CONTEXT / "pip.conf").write_text(pip)
     shutil.copy(ssl.get_default_verify_paths().cafile or "", CONTEXT / "ca-certificates.crt")
@@ -292,7 +292,7 @@ def models(store: Store) -> Path:
 
 
 def assert_right_flow(url: str, model: str) -> None:
-    """The flow of a sample, asked for as the API's users do, against the true one."""
+    """Compare the flow of a sample, requested over the API, with the true flow."""
     files = [(SAMPLE / f"frame{i}.png").read_bytes() for i in (0, 1)]
     response = httpx2.post(f"{url}/estimate_flow/?model={model}", json=as_json(*files), timeout=120)
     assert response.status_code == 200, response.text

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: built by kustomize, held against the API's schemas and the project."""
+"""The Kubernetes manifests: built by kustomize, checked against schemas and the project."""
 
 import functools
 import json

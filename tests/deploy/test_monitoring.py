@@ -29,7 +29,7 @@ def test_promtool_takes_the_configuration() -> None:
 
 
 def expressions() -> list[str]:
-    """Those of the dashboard, and the one that Tritons scale by."""
+    """The queries of the dashboard, and the query by which Tritons scale."""
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     triggers = yaml.safe_load(SCALED_OBJECT.read_text())["spec"]["triggers"]

@@ -72,13 +72,13 @@ def test_no_request_is_lost_when_tritons_come_and_go(
 
 
 def serving(url: str) -> int:
-    """How many Tritons the gateway says serve, of those that it knows."""
+    """Return the number of Tritons that the gateway knows if all of them serve, else 0."""
     endpoints = httpx2.get(f"{url}/healthz", timeout=30).json()["triton"]
     return len(endpoints) if all(endpoint["models"] for endpoint in endpoints) else 0
 
 
 async def ask_while(url: str, work: Callable[[], None]) -> Counter[str]:
-    """Outcomes of requests that many clients make, one after the other, while `work` runs."""
+    """Return the outcomes of requests that many clients make while `work` runs."""
     pairs = [[picture(2 * seed), picture(2 * seed + 1)] for seed in range(CLIENTS)]
     counted: Counter[str] = Counter()
     done = asyncio.Event()

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_model(source: Path, name: str, content: str = "graph") -> Path:
-    """A model's folder as the exporter writes it, as far as the start looks at it."""
+    """Make a model's folder with the exporter's files that the start program reads."""
     model = source / name
     for file in ("config.pbtxt", "configs/gpu.pbtxt", "1/model.onnx", "1/model.py"):
         (model / file).parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def test_an_engine_that_cannot_be_built_is_told_and_not_fatal(
 def test_after_a_reload_a_model_without_a_right_engine_is_served_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Triton stands still here; its engines, good for `a` and wrong for `b`, are made up."""
+    """`sleep` stands in for Triton, and the engines are fakes: correct for `a`, wrong for `b`."""
     for name in ("a", "b"):
         make_model(tmp_path / "source", name)
     loaded: list[str] = []

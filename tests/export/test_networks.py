@@ -28,7 +28,7 @@ SIZES = [(75, 100), (388, 584), (436, 1024), (375, 1242), (376, 452)]
 
 
 def images(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A texture, and the same moved by three pixels."""
+    """Return a texture, and the same texture moved by three pixels."""
     rng = np.random.default_rng(1)
     noise = gaussian_filter(rng.random((1, height + 3, width + 3, 3)), (0, 2, 2, 0))
     noise = ((noise - noise.min()) / (noise.max() - noise.min()) * 255).astype(np.uint8)
@@ -42,7 +42,7 @@ def test_flownet2_has_the_papers_parameters() -> None:
 
 
 def follows_caffe(name: str, sizes: list[tuple[int, int]], folder: Path) -> None:
-    """Hold a network with random weights against the reference, and print the distance in pixels.
+    """Compare a network with random weights with the reference, and print the distance in pixels.
 
     Single pixels may differ where a warp reads from just at the border of an image: rounding
     decides there between a pixel and zero.

@@ -79,7 +79,7 @@ def test_the_contracts_graph(exported: Exported) -> None:
 def compare(
     run: onnxruntime.InferenceSession, exported: Exported, size: tuple[int, int, int]
 ) -> np.ndarray:
-    """ONNX Runtime's flow held against PyTorch's: the distance in pixels at each."""
+    """Return the distance of ONNX Runtime's flow from PyTorch's at each pixel, in pixels."""
     first, second = images(*size)
     (flow,) = run.run(None, {"image1": first, "image2": second})
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_onnx_runtime_gives_what_pytorch_gives(exported: Exported) -> None:
 def test_onnx_runtime_at_every_size(exported: Exported) -> None:
     """The same for all networks at the sizes that people use; `make parity` prints the errors.
 
-    Means are held, not maxima: where a warp reads from just at the border of an image, rounding
+    Means are compared, not maxima: where a warp reads from just at the border of an image, rounding
     decides between a pixel and zero, and the flow around it moves by some hundredths of a pixel.
     """
     run = session(exported.proto)

@@ -1,4 +1,4 @@
-"""The shipped model takes nobody's place unasked, and is what the repository says it is."""
+"""The shipped model replaces no other model unasked, and matches its description."""
 
 import shutil
 import subprocess

@@ -1,7 +1,7 @@
 """Exported files under TensorRT's parser and builder, and the engine builder around them.
 
 TensorRT-RTX from PyPI is TensorRT's parser and builder without plugin layers, and builds for a GPU
-that is not there. What it leaves open: the plugin's layer in a network, and a plan's speed.
+that is not there. It does not cover the plugin's layer in a network, and a plan's speed.
 """
 
 import logging
@@ -118,7 +118,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def creator() -> Iterator[Any]:
-    """A registered creator of plugins that notes what the parser asks it for, and refuses."""
+    """A registered creator of plugins that records the parser's requests and rejects them."""
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -209,7 +209,7 @@ def test_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_the_profile_that_triton_takes(batch: int, height: int, width: int, profile: int) -> None:
-    """The rule of Triton's TensorRT backend, EvaluateTensorRTContext in its instance_state.cc."""
+    """Follows Triton's TensorRT backend: EvaluateTensorRTContext in its instance_state.cc."""
     request = (batch, height, width)
     distances = {}
     for index, (least, best, most) in enumerate(build.PROFILES):

@@ -138,7 +138,7 @@ def test_async(gateway: Gateway, frames: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 class Scripted:
-    """An HTTP server that gives prepared answers, the last one again and again."""
+    """An HTTP server that returns prepared responses, and then repeats the last response."""
 
     def __init__(
         self,

@@ -104,7 +104,7 @@ def test_other_images_are_refused(kind: str) -> None:
 
 
 class Tensor:
-    """As PyTorch's tensors: no NumPy array, but one for the asking."""
+    """Like PyTorch's tensors: not a NumPy array, but convertible to one."""
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
         return np.asarray(picture(1))

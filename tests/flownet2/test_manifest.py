@@ -1,4 +1,4 @@
-"""Manifests and indexes of runs, which anything may have written."""
+"""Manifests and indexes of runs, which other programs may have changed."""
 
 import contextlib
 import csv

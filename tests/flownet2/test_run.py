@@ -37,7 +37,7 @@ def url(closed_form_triton: triton.Triton) -> str:
 
 
 def frames(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[np.ndarray]:
-    """Frame files of which the order of numbers is not that of letters."""
+    """Frame files whose numeric order differs from the alphabetical order."""
     folder.mkdir(parents=True, exist_ok=True)
     images = [picture(seed, *size) for seed in range(count)]
     for number, image in enumerate(images):

@@ -33,7 +33,7 @@ def raw_deflate(data: bytes) -> bytes:
 def read(
     content: bytes, coding: str | None = None, chunk: int = 2**16, budget: Budget | None = None
 ) -> bytes:
-    """The body that comes in chunks; afterwards the budget is whole again."""
+    """Return the body that arrives in chunks, and check that its budget is released."""
 
     async def run() -> bytes:
         pieces = [content[start : start + chunk] for start in range(0, len(content), chunk)]

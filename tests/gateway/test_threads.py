@@ -1,4 +1,4 @@
-"""Cancelled calls in threads: dropped before they begin, waited for after."""
+"""Cancelled calls in threads: dropped before they start, awaited after."""
 
 import asyncio
 import gc
@@ -11,7 +11,7 @@ from gateway.threads import Threads
 
 
 class Body:
-    """Stands for what a call holds."""
+    """Object that a call keeps in memory."""
 
 
 def test_a_running_call_is_waited_for_and_a_waiting_call_is_dropped() -> None:

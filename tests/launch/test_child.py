@@ -1,4 +1,4 @@
-"""A child process: its wait for readiness, and its end."""
+"""A child process: waiting until it is ready, and stopping it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""`python -m launch`: what it says, how it ends, and that it brings back whatever dies."""
+"""`python -m launch`: its messages, its shutdown, and restarts of crashed processes."""
 
 import http.client
 import io

@@ -112,7 +112,7 @@ def test_own_servers_are_asked_without_a_proxy(closed_form_triton: triton.Triton
 
 
 def test_path_of_the_models_may_hold_a_space(tmp_path: Path) -> None:
-    """Triton's Python backend gives it to a shell."""
+    """Triton's Python backend passes the path to a shell."""
     repository = tmp_path / "a b; exit 1"
     write_model(repository)
     with wheel.serve(repository) as server:
@@ -171,7 +171,7 @@ def test_missing_libpython_names_its_package(tmp_path: Path) -> None:
 
 
 def test_loader_reports_a_library_that_really_is_missing(tmp_path: Path) -> None:
-    """The words looked for are those of this machine's loader."""
+    """The expected words are those of this machine's loader."""
     stubs = wheel.find_wheel() / "python_backend_stubs"
     environment = {"PATH": os.environ["PATH"]}
     missing = [

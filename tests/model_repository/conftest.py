@@ -1,4 +1,4 @@
-"""The shipped model, for all tests of what runs it."""
+"""The shipped model, for all tests of its engines."""
 
 from pathlib import Path
 

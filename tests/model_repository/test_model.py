@@ -1,4 +1,4 @@
-"""The model inside a real Triton: requests, engines, and what it tells about itself."""
+"""The model inside a real Triton: requests, engines, log and metrics."""
 
 import re
 import shutil
@@ -121,7 +121,7 @@ def test_images_off_the_contract_are_refused(
 def test_shape_that_cannot_be_is_refused(
     grpc_client: tritonclient.grpc.InferenceServerClient, shape: tuple[int, ...], size: int
 ) -> None:
-    """Triton lets it pass where its number of bytes, modulo 2**64, is that of the content."""
+    """Triton accepts it if its number of bytes modulo 2**64 equals the size of the content."""
     inputs = []
     for name in ("image1", "image2"):
         inputs.append(tritonclient.grpc.InferInput(name, list(shape), "UINT8"))
@@ -212,7 +212,7 @@ def test_gpu_engine_serves_shapes_in_turn_and_batches(
 
 
 def change_weights(version: Path) -> None:
-    """Give the GPU's engine other weights: as with a wrong kernel, it gives a wrong flow."""
+    """Give the GPU's engine other weights, so that its flow is wrong, as with a faulty kernel."""
     model = onnx.load(version / "model_fp16.onnx")
     tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     tensor.raw_data = np.negative(np.frombuffer(tensor.raw_data, np.float16)).tobytes()
@@ -220,7 +220,7 @@ def change_weights(version: Path) -> None:
 
 
 def crash(version: Path) -> None:
-    """Let the GPU's engine crash, as a library does that does not fit the driver."""
+    """Let the GPU's engine crash, like a library that does not match the driver."""
     with (version / "onnxruntime_engine.py").open("a") as module:
         module.write("\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
 

@@ -1,4 +1,4 @@
-"""The graph passes, each against the graph before it."""
+"""The graph passes, each compared with the graph before the pass."""
 
 from pathlib import Path
 from typing import Any

@@ -26,7 +26,7 @@ def test_plans_are_compiled_once_and_the_least_recently_used_is_evicted() -> Non
 
 
 def test_eviction_comes_before_the_compilation() -> None:
-    """Which needs the memory."""
+    """The compilation needs the memory."""
     planned: PlannedShapes[bool]
     planned = PlannedShapes(lambda shape: (1,) in planned, memory_of=lambda shape: 1, limit=1)
     assert planned[(1,)] is False

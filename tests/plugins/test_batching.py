@@ -1,4 +1,4 @@
-"""Which requests a real Triton puts into one batch with the library for TensorRT's backend.
+"""The batches that a real Triton forms with the library for TensorRT's backend.
 
 Triton takes the library from a model's version folder too, for any backend, so the Python backend
 stands in for TensorRT's; it is Triton's core that forms batches.
@@ -35,7 +35,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def executions(address: str, model: str, height: int, width: int) -> int:
-    """Return in how many batches eight simultaneous requests of one size are computed."""
+    """Return the number of batches in which eight simultaneous requests of one size run."""
 
     async def infer() -> int:
         async with client.InferenceServerClient(address) as server:

@@ -1,4 +1,4 @@
-"""One set of procedural textures for all tests, and one thread, which waits for no other."""
+"""A set of procedural textures for all tests, and PyTorch on a single thread."""
 
 from collections.abc import Iterator
 

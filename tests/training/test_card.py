@@ -1,4 +1,4 @@
-"""The weights that ship: they load, they see motion, and the pictures of their card exist."""
+"""The shipped weights: they load and detect motion, and the pictures of their card exist."""
 
 import re
 from pathlib import Path

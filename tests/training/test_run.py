@@ -50,7 +50,7 @@ def trainer(textures: Textures, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weights file of a FlowNet2-c that nothing was trained for."""
+    """A weights file of an untrained FlowNet2-c."""
     network = FlowNet2(NETWORKS["FlowNet2-c"])
     channel_means(network)
     initialise(network.blocks["net1"], seed=3)

@@ -35,7 +35,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A fresh profile, which fails the test for what no page of ours may do."""
+    """A new browser profile; the test fails if a page does something that it must not do."""
     faults: list[str] = []
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         context.on("console", lambda line: line.type == "error" and faults.append(line.text))

@@ -252,7 +252,7 @@ def test_files_and_commands_are_the_response(page: Page, gateway: Gateway, tmp_p
 
 
 def python(code: str, result: str, folder: Path) -> np.ndarray:
-    """The result of a piece of Python."""
+    """Run Python code, and return its result."""
     code += f"\nimport sys, numpy\nnumpy.save(sys.stdout.buffer, {result})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
