@@ -1,4 +1,4 @@
-// What a call of the op must look like, shared by every kernel and shell.
+// Checks of a call of the op, shared by all kernels and wrappers.
 // SPDX-License-Identifier: GPL-3.0-or-later
 #include "correlation.h"
 
@@ -10,7 +10,7 @@ namespace flownet2 {
 
 namespace {
 
-// Attributes and sizes beyond this are no correlation that anybody runs; below it, no sum or
+// Larger attributes and sizes do not occur in practice; up to this limit, no sum or
 // product of a few of them overflows an int64.
 constexpr int32_t kLargestAttribute = 1 << 14;
 constexpr int64_t kLargestSize = 1 << 20;

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-struct CUstream_st;  // what CUDA's cudaStream_t points to
+struct CUstream_st;  // CUDA's cudaStream_t points to it
 
 namespace flownet2 {
 
@@ -57,7 +57,8 @@ bool set_attribute(CorrelationAttributes* attributes, const char* name, int64_t 
 
 CorrelationStatus check_attributes(const CorrelationAttributes& attributes);
 
-// The output's shape for inputs of `input` (batch stays); kOk, or what is wrong with the call.
+// The output's shape for inputs of shape `input` (the batch size is kept). Returns kOk, or the error
+// of the call.
 CorrelationStatus output_shape(const CorrelationAttributes& attributes, const FeatureShape& input,
                                FeatureShape* output);
 

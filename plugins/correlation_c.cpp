@@ -1,9 +1,9 @@
-// correlation_cuda with a C name, for what loads it with ctypes: benchmarks/correlation.py and the
+// correlation_cuda with a C name, to be loaded with ctypes by benchmarks/correlation.py and the
 // tests. Not part of the plugins. SPDX-License-Identifier: GPL-3.0-or-later
 #include "correlation.h"
 
 // attributes: pad, kernel_size, max_displacement, stride1, stride2. shape: N, C, H, W.
-// Returns null, or what went wrong.
+// Returns null, or an error message.
 extern "C" __attribute__((visibility("default"))) const char* flownet2_correlation_cuda(
     const int32_t* attributes, const int64_t* shape, int half, const void* a, const void* b,
     void* out, CUstream_st* stream) {

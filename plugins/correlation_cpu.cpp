@@ -1,5 +1,5 @@
-// The correlation on the CPU, as its formula reads: what the shells are tested with where there is
-// no GPU. Nothing is served by it. SPDX-License-Identifier: GPL-3.0-or-later
+// The correlation on the CPU by its formula, for tests of the wrappers on machines without a GPU.
+// It serves no requests. SPDX-License-Identifier: GPL-3.0-or-later
 #include "correlation.h"
 
 namespace flownet2 {

@@ -152,7 +152,7 @@ RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   static const OrtCustomOp* const ops[] = {&cpu};
 #endif
 
-  // Null where the runtime is older than the headers; there is no API then to say so with.
+  // Null if the runtime is older than the headers; then there is no API to report it.
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (api == nullptr) {
     api = base->GetApi(1);

@@ -1,5 +1,5 @@
 // The two tensor-core instructions that correlation.cu is built on, for sm_75 and later.
-// Where lanes keep which element is as NVIDIA's PTX manual says for ldmatrix and mma.m16n8k16.
+// The assignment of elements to lanes is that of ldmatrix and mma.m16n8k16 in NVIDIA's PTX manual.
 // SPDX-License-Identifier: GPL-3.0-or-later
 #pragma once
 

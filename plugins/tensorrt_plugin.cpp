@@ -238,8 +238,8 @@ std::atomic<bool> registered{getPluginRegistry()->registerCreator(creator, kName
 
 }  // namespace
 
-// What IPluginRegistry::loadLibrary (trtexec --dynamicPlugins) calls. It registers what it gets
-// itself, and fails if that is registered already: the registration on loading makes way.
+// Called by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins), which registers the plugins
+// itself and fails if they are registered already. The registration on loading is undone first.
 extern "C" EXPORTED void setLoggerFinder(ILoggerFinder* finder) { logger_finder = finder; }
 
 extern "C" EXPORTED IPluginCreatorInterface* const* getCreators(int32_t& count) {

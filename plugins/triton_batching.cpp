@@ -1,4 +1,4 @@
-// Triton's side of batching under TensorRT: which requests may share a batch.
+// Custom batching for TensorRT in Triton: decides which requests may share a batch.
 //
 // An engine has memory for batches of small images and for single large ones, not for batches of
 // large ones. Triton forms batches of whatever has one size; the TensorRT backend loads this library
@@ -6,8 +6,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 #include <cstdint>
 
-// What is used of Triton's C interface (tritonbackend.h, stable since 1.0); the server that loads
-// this library has it.
+// The part of Triton's C interface that is used (tritonbackend.h, stable since 1.0). The server
+// that loads this library provides it.
 struct TRITONSERVER_Error;
 struct TRITONBACKEND_Batcher;
 struct TRITONBACKEND_Input;
@@ -28,7 +28,7 @@ namespace {
 // Largest height and width in a batch: the first profile of every engine ends there.
 constexpr int64_t kLargestEdge = FLOWNET2_BATCH_EDGE;
 
-// Whether the batch that is being formed has nothing in it yet. One thread forms all batches of a
+// True while the batch that is being formed is empty. One thread forms all batches of a
 // model, one after the other: the configuration's queue limits see to that, since Triton prefetches
 // batches only for queues without limits and timeouts. Triton offers requests to a batch after its
 // end too, while the batch waits for the GPU.
