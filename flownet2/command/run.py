@@ -184,12 +184,12 @@ def run(
             fail("stopped. The same command continues from here", 130)
     seconds = time.monotonic() - began
     rate = f", {totals.computed / seconds:.1f} pairs/s" if totals.computed else ""
-    parts = [f"{totals.computed} pairs computed in {seconds:.1f} s{rate}"]
+    parts = [f"{_count(totals.computed, 'pair')} computed in {seconds:.1f} s{rate}"]
     if totals.found:
         parts.append(f"{totals.found} were there already")
     if totals.skipped:
-        parts.append(f"{len(totals.skipped)} errors skipped, listed in errors.csv")
-    print(f"{output}: {totals.sources} sources, {'; '.join(parts)}")
+        parts.append(f"{_count(len(totals.skipped), 'error')} skipped, listed in errors.csv")
+    print(f"{output}: {_count(totals.sources, 'source')}, {'; '.join(parts)}")
     if totals.sources and not totals.computed and not totals.found:
         fail("no pair of frames could be computed")
 
@@ -232,3 +232,8 @@ def _shard(text: str | None) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise typer.BadParameter(f"--shard: {text!r} is not I/N with I from 0 to N-1")
     return int(index), int(count)
+
+
+def _count(number: int, noun: str) -> str:
+    """Return a number with its noun in singular or plural."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
