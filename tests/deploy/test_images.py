@@ -317,7 +317,6 @@ def assert_shares_make_the_whole(store: Store, url: str) -> None:
         with store.run("flownet2-bulk", *command, volumes=volumes) as share:
             assert share.process.wait(300) == 0, share.log.read_text()
             assert share.written() == []
-        assert len(list(output.rglob("*.flo"))) == index + 1
     for index in range(2):
         (flow,) = (output / f"layers_{index}").glob("*.flo")
         truth = read_flow(ROOT / "samples" / f"layers_{index}" / "gt.flo")
