@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from training.textures import Textures
-from training.train import keep_memory
 
 
 @pytest.fixture(scope="package")
 def textures() -> Iterator[Textures]:
-    keep_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield Textures()
