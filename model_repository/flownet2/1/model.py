@@ -10,6 +10,7 @@ the exporter puts a copy beside them. It copies all of them to models of other n
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -104,6 +105,11 @@ class TritonPythonModel:
         labels = {"model": name, "version": version, **facts}
         self._metric = self._metrics.Metric(labels=labels)
         self._metric.set(difference)
+
+    def finalize(self) -> None:
+        """Free the engine, which holds its last inputs, before the stub frees their memory."""
+        del self.engine
+        gc.collect()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run a batch that Triton formed as one batch of the engine.
