@@ -107,8 +107,8 @@ class TritonPythonModel:
         self._metric.set(difference)
 
     def finalize(self) -> None:
-        """Free the engine, which holds its last inputs, before the stub frees their memory."""
-        del self.engine
+        """Free the metric and the engine, whose last inputs are in memory that the stub frees."""
+        del self._metric, self._metrics, self.engine
         gc.collect()
 
     def execute(self, requests: list[Any]) -> list[Any]:
