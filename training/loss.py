@@ -31,9 +31,6 @@ def average_down(flow: Tensor, valid: Tensor, size: Sequence[int]) -> tuple[Tens
     Returns:
         The flow [N, 2, h, w], and the cells with a valid vector, 1 or 0, as float32 [N, h, w].
     """
-    if bool(valid.all()):
-        coarse = F.adaptive_avg_pool2d(flow, tuple(size))  # type: ignore[arg-type]
-        return coarse, coarse.new_ones(len(flow), *size)
     share = F.adaptive_avg_pool2d(valid[:, None].float(), tuple(size))  # type: ignore[arg-type]
     total = F.adaptive_avg_pool2d(flow, tuple(size))  # type: ignore[arg-type]
     return total / share.clamp(min=1e-6), (share[:, 0] > 0).float()
