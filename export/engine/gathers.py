@@ -10,10 +10,11 @@ from onnx import helper, inliner, parser
 
 DOMAIN, NAME = "flownet2", "WarpByGathers"
 BORDER = {"mode": (b"bilinear", b"linear"), "padding_mode": (b"border",), "align_corners": (1,)}
+BILINEAR = {"mode": b"bilinear"}  # the default of GridSample
 
-# GridSample, bilinear, with border padding and aligned corners.
+# GridSample, bilinear, with border padding and aligned corners, from opset 16 on.
 FUNCTION = """
-<domain: "flownet2", opset_import: ["" : 18]>
+<domain: "flownet2", opset_import: ["" : %d]>
 WarpByGathers (image, grid) => (sampled)
 {
   zero = Constant<value_ints = [0]>()
@@ -23,6 +24,7 @@ WarpByGathers (image, grid) => (sampled)
   four = Constant<value_ints = [4]>()
   minus = Constant<value_ints = [-1]>()
   turn = Constant<value_ints = [1, 0]>()
+  each = Constant<value_ints = [1, 1]>()
   half = Constant<value_float = 0.5>()
   unit = Constant<value_float = 1.0>()
   origin = Constant<value_float = 0.0>()
@@ -43,9 +45,9 @@ WarpByGathers (image, grid) => (sampled)
   low = Cast<to = 7>(low_float)
   next = Add(low, one)
   high = Min(next, last)
-  x0, y0 = Split<axis = 3, num_outputs = 2>(low)
-  x1, y1 = Split<axis = 3, num_outputs = 2>(high)
-  px, py = Split<axis = 3, num_outputs = 2>(part)
+  x0, y0 = Split<axis = 3>(low, each)
+  x1, y1 = Split<axis = 3>(high, each)
+  px, py = Split<axis = 3>(part, each)
   batch = Slice(image_shape, zero, one)
   row = Concat<axis = 0>(batch, one, minus)
   all = Concat<axis = 0>(channels, minus)
@@ -91,15 +93,20 @@ WarpByGathers (image, grid) => (sampled)
 
 def warp_by_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with gathers in place of the ``GridSample`` nodes of its warps."""
+    warps = 0
     for node in model.graph.node:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        attributes = BILINEAR | {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "GridSample" and all(
             attributes.get(key) in values for key, values in BORDER.items()
         ):
             node.op_type, node.domain = NAME, DOMAIN
             del node.attribute[:]
-    model.functions.append(parser.parse_function(FUNCTION))
-    if DOMAIN not in (opset.domain for opset in model.opset_import):
+            warps += 1
+    if not warps:
+        return model
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    model.functions.append(parser.parse_function(FUNCTION % opsets[""]))
+    if DOMAIN not in opsets:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     # Each use gets different names; TensorRT warns about repeated names.
     return inliner.inline_selected_functions(model, [(DOMAIN, NAME)])

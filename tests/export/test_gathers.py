@@ -10,12 +10,13 @@ from onnx import parser
 from export.engine.gathers import warp_by_gathers
 
 
+@pytest.mark.parametrize("opset", [16, 18, 20])
 @pytest.mark.parametrize(("padding", "remain"), [("border", 0), ("zeros", 2)])
-def test_gathers_sample_as_grid_sample_does(padding: str, remain: int) -> None:
+def test_gathers_sample_as_grid_sample_does(padding: str, remain: int, opset: int) -> None:
     """Other kinds of `GridSample` than that of our warp are left as they are."""
-    sample = f'GridSample<mode = "bilinear", padding_mode = "{padding}", align_corners = 1>'
+    sample = f'GridSample<padding_mode = "{padding}", align_corners = 1>'
     model = parser.parse_model(
-        '<ir_version: 9, opset_import: ["" : 18]> graph '
+        f'<ir_version: 9, opset_import: ["" : {opset}]> graph '
         "(float[n, c, h, w] image, float[n, y, x, 2] grid) => (float[n, c, y, x] twice) {"
         f" once = {sample}(image, grid) twice = {sample}(once, grid) }}"
     )
