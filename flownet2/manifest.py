@@ -54,14 +54,18 @@ def update_manifest(folder: str, facts: Mapping[str, Any], sources: Mapping[str,
             )
     known = before.get("sources", {})
     for name, source in json.loads(json.dumps(sources)).items():
-        if name in known and "started" in source:
+        if name not in known:
+            continue
+        results = storage.join(folder, name)
+        if "started" in source:
+            if storage.exists(storage.join(results, INDEX)):
+                raise ManifestError(
+                    f"{source['path']} is live, so it cannot continue {results}: "
+                    "choose another folder, or --overwrite"
+                )
+        elif {**known[name], "path": ""} != {**source, "path": ""}:
             raise ManifestError(
-                f"{source['path']} is live, so it cannot continue {storage.join(folder, name)}: "
-                "choose another folder, or --overwrite"
-            )
-        if name in known and {**known[name], "path": ""} != {**source, "path": ""}:
-            raise ManifestError(
-                f"{storage.join(folder, name)} holds results of {known[name]['path']}, which has "
+                f"{results} holds results of {known[name]['path']}, which has "
                 "changed or was another source: choose another folder, or --overwrite"
             )
     after = {**facts, "sources": {**sources, **known}}

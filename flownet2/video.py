@@ -340,7 +340,7 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
             container = stack.enter_context(_opened(path, stack))
         except storage.NotFound:
             raise
-        except (OSError, ValueError) as error:  # includes every error of FFmpeg
+        except (OSError, ValueError, av.error.FFmpegError) as error:
             reason = getattr(error, "strerror", None) or error
             raise VideoError(f"{path} cannot be read as a video: {reason}") from error
         stream = container.streams.best("video")

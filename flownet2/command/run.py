@@ -139,6 +139,7 @@ def run(
     from flownet2 import run as runs  # noqa: PLC0415
     from flownet2.pairs import Selection  # noqa: PLC0415
     from flownet2.sources import find  # noqa: PLC0415
+    from flownet2.video import is_live  # noqa: PLC0415
     from flownet2.writers import DEFAULT_NAMES, PRESETS, Options, check_pattern  # noqa: PLC0415
 
     if max_edge and short_edge:
@@ -181,7 +182,8 @@ def run(
         try:
             totals = asyncio.run(work())
         except KeyboardInterrupt:
-            fail("stopped. The same command continues from here", 130)
+            live = any(is_live(source.path) for source in found.values())
+            fail("stopped" if live else "stopped. The same command continues from here", 130)
     seconds = time.monotonic() - began
     rate = f", {totals.computed / seconds:.1f} pairs/s" if totals.computed else ""
     parts = [f"{_count(totals.computed, 'pair')} computed in {seconds:.1f} s{rate}"]

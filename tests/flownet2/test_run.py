@@ -540,8 +540,10 @@ class _Film(http.server.BaseHTTPRequestHandler):
 
     content = b""
 
+    found = True
+
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(200 if self.found else 404)
         if self.path.startswith("/live"):
             self.send_header("Connection", "close")
         else:
@@ -571,6 +573,13 @@ def test_streams_and_pipes(tmp_path: Path, url: str) -> None:
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flo")} == before
         said = fail("run", f"{address}/live.mkv", "-o", out / "live.mkv", server=url)
         assert "is live" in said
+        _Film.found = False
+        said = fail("run", f"{address}/live.mkv", "-o", out / "later", server=url)
+        assert "live.mkv cannot be read as a video" in said
+        assert "404" in said
+        _Film.found = True
+        succeed("run", f"{address}/live.mkv", "-o", out / "later", server=url)
+        check_flows(out / "later" / "live", images)
         server.shutdown()
     line = command("run", "-", "-o", out / "pipe", server=url)
     with (tmp_path / "film.mkv").open("rb") as film:
