@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as fx_config
 from onnx import helper
 from onnx.defs import OpSchema
@@ -169,7 +170,9 @@ def _export(
     output_names: list[str],
 ) -> onnx.ModelProto:
     patched = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with _quiet(), torch.no_grad(), patched:
+    # The cache compares symbolic shapes, which takes longer than to compute anew.
+    uncached = dynamo_config.patch(fake_tensor_cache_enabled=False)
+    with _quiet(), torch.no_grad(), patched, uncached:
         program = torch.export.export(
             module,
             inputs,

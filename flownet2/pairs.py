@@ -240,8 +240,9 @@ class Frames:
             )
             for number, file in enumerate(chosen, offset)
         )
+        named = self.files[0] if len(self.files) == 1 else self.path
         return _windows(
-            self.path, lambda frame: PurePath(frame.name).stem, source_frames, selection.step
+            named, lambda frame: PurePath(frame.name).stem, source_frames, selection.step
         )
 
 

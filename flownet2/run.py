@@ -284,11 +284,16 @@ class _Runner:
                     if step.pair and step.position is not None:
                         task = asyncio.create_task(self._compute(target, step.pair, step.position))
                         self.work.add(task)
-                        task.add_done_callback(self.work.discard)
+                        task.add_done_callback(self._ended)
                     steps.put_nowait((step, task))
                 target.scale.expect(target.missing)
         finally:
             steps.put_nowait(None)
+
+    def _ended(self, task: asyncio.Task[dict[str, bytes]]) -> None:
+        self.work.discard(task)
+        if not task.cancelled():
+            task.exception()  # marks it as seen: a run that stops early does not await all tasks
 
     async def _begin(self, name: str) -> _Target:
         folder = storage.join(self.folder, name)

@@ -160,6 +160,8 @@ class _Search:
     def _add_folder(self, folder: str, root: str) -> None:
         """Add the videos and frames of a folder and its subfolders."""
         where = os.path.realpath(_absolute(folder))
+        if where in self._exclude and folder == root:
+            raise SourceError(f"{folder} is also the folder of the results: choose another folder")
         if where in self._visited or where in self._exclude:
             return
         if folder != root and _holds_results(folder):

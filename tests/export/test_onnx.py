@@ -130,7 +130,12 @@ def test_caffe_weights_reach_the_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored, make_blobs(["c"], 3 / 8)["conv1"][0])
 
 
-@pytest.mark.parametrize("case", [*FLOWNET_CASES, *GENERAL_CASES], ids=lambda case: case.name)
+# Each other case takes seconds to export; PyTorch's definition of it has tests of all.
+@pytest.mark.parametrize(
+    "case",
+    [*FLOWNET_CASES, *(pytest.param(case, marks=pytest.mark.long) for case in GENERAL_CASES)],
+    ids=lambda case: case.name,
+)
 def test_function_body_of_the_correlation(case: Case) -> None:
     a, b = case.inputs()
     body = correlation_function(case.attributes)
