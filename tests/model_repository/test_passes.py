@@ -19,6 +19,7 @@ from export.served.cost_volume import (
 )
 from export.served.image_planes import read_levels, read_whole_numbers, turn_bytes
 from export.served.passes import Graph
+from export.served.predictions import split_predictions
 from export.served.resampling import remove_idle_resampling
 from export.served.rewriting import BFLOAT16, channels, constant, fold_constants
 from export.served.upsampling import upsample_by_gather
@@ -136,6 +137,15 @@ def test_flow_is_upsampled_by_gathers(model: openvino.Model, size: tuple[int, in
     assert "Interpolate" in kinds(before)
     assert "Interpolate" not in kinds(after)
     assert_same_flow(before, after, size)
+
+
+def test_predictions_are_two_convolutions(model: openvino.Model) -> None:
+    changed = model.clone()
+    split_predictions(changed)
+    widths = [channels(node.output(0)) for node in nodes(changed, "Convolution")]
+    assert widths.count(2) == widths.count(18) == 10  # five levels of two networks
+    images = pair(75, 100)
+    np.testing.assert_allclose(run(changed, images), run(model, images), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(192, 320), (75, 100)])

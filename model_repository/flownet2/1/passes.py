@@ -15,6 +15,7 @@ from flownet2.contract import IMAGE_INPUTS
 from .bfloat16 import cast_to_bfloat16
 from .cost_volume import cost_volumes, divide_in_weights, multiply_in_blocks
 from .image_planes import read_levels, read_whole_numbers, turn_bytes
+from .predictions import split_predictions
 from .resampling import remove_idle_resampling
 from .rewriting import fold_constants
 from .upsampling import upsample_by_gather
@@ -50,6 +51,7 @@ class Graph:
             if amx:
                 widen_concats(model)
             cast_to_bfloat16(model)
+        split_predictions(model)
         self._model = model
 
     def for_shape(self, shape: tuple[int, ...]) -> openvino.Model:
