@@ -12,12 +12,12 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 
+from flownet2.memory import keep_freed_memory
 from gateway import logs, workers
 from gateway.app import create_app
 from gateway.protocol import Protocol
 from gateway.settings import Settings
 from gateway.state import State
-from gateway.system import tune_malloc
 
 STALL_MS = 60_000
 """TCP user timeout: the connection of a client that acknowledges no data for this long is dropped,
@@ -86,7 +86,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def main() -> int:
     """Run the gateway until a signal arrives; return 2 if a setting is invalid."""
-    tune_malloc()
+    keep_freed_memory()
     try:
         settings = Settings()
         logs.configure(settings.log_level)

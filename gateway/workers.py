@@ -15,12 +15,12 @@ from prometheus_client import multiprocess
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
+from flownet2.memory import keep_freed_memory
 from flownet2.processes import end_with_parent, is_orphan
 from gateway import logs
 from gateway.app import create_app
 from gateway.metrics import SHARED_FOLDER
 from gateway.settings import Settings
-from gateway.system import tune_malloc
 
 STOP_SOON = signal.SIGUSR1
 """Signal to a process that will get SIGTERM soon: its `/readyz` fails from then on."""
@@ -97,7 +97,7 @@ def create_worker() -> FastAPI:
     end_with_parent()
     if is_orphan():  # before the call above took effect
         end_worker()
-    tune_malloc()
+    keep_freed_memory()
     settings = Settings()
     logs.configure(settings.log_level)
     app = create_app(settings.of_one_process())

@@ -137,6 +137,7 @@ def run(
     flownet2 run s3://clips/ -o s3://flows/ --shard 3/16 --server grpc://triton:8001
     """
     from flownet2 import run as runs  # noqa: PLC0415
+    from flownet2.memory import keep_freed_memory  # noqa: PLC0415
     from flownet2.pairs import Selection  # noqa: PLC0415
     from flownet2.sources import find  # noqa: PLC0415
     from flownet2.video import is_live  # noqa: PLC0415
@@ -166,6 +167,7 @@ def run(
     )
     part = _shard(shard)
     found = find(sources, warn, exclude=[output])
+    keep_freed_memory()
     began = time.monotonic()
     with service.server(server, say) as url, progress_bar() as bar:
         plan = runs.Plan(
