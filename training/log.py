@@ -48,9 +48,11 @@ def plot(folder: Path) -> None:
         minutes = [float(row["seconds"]) / 60 for row in rows]
         for key, label in curves.items():
             if key not in ("step", "seconds"):
-                axes.plot(minutes, [float(row[key]) for row in rows], label=label)
-    axes.set(xlabel="minutes", ylabel="end-point error, pixels")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.grid(alpha=0.3)
+                (line,) = axes.plot(minutes, [float(row[key]) for row in rows], label=label)
+                if key == "epe":
+                    line.set_color("0.8")
+    # Logarithmic: errors of long motions are a hundred times those of short ones.
+    axes.set(xlabel="minutes", ylabel="end-point error, pixels", yscale="log")
+    figure.legend(loc="outside right upper", fontsize="small")
+    axes.grid(alpha=0.3, which="both")
     figure.savefig(folder / "curve.png", dpi=110)
