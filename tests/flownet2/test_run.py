@@ -202,7 +202,7 @@ def test_bad_input_is_told_in_one_line(tmp_path: Path, url: str) -> None:
     (tmp_path / "pairs.txt").write_text("a.png\n")
     for name, *expected in (
         ("missing.mp4", "missing.mp4 does not exist"),
-        ("one", "one has 1 frame "),
+        ("one", "one/frame0.png has 1 frame"),
         ("empty", "holds no images"),
         ("sizes", "frame1.png", "frame2.png", "64x48", "40x40"),
         ("broken", "frame1.png"),
