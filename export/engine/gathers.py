@@ -93,20 +93,23 @@ WarpByGathers (image, grid) => (sampled)
 
 def warp_by_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with gathers in place of the ``GridSample`` nodes of its warps."""
-    warps = 0
-    for node in model.graph.node:
-        attributes = BILINEAR | {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "GridSample" and all(
-            attributes.get(key) in values for key, values in BORDER.items()
-        ):
-            node.op_type, node.domain = NAME, DOMAIN
-            del node.attribute[:]
-            warps += 1
+    warps = [node for node in model.graph.node if _is_warp(node)]
     if not warps:
         return model
+    for node in warps:
+        node.op_type, node.domain = NAME, DOMAIN
+        del node.attribute[:]
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     model.functions.append(parser.parse_function(FUNCTION % opsets[""]))
     if DOMAIN not in opsets:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     # Each use gets different names; TensorRT warns about repeated names.
     return inliner.inline_selected_functions(model, [(DOMAIN, NAME)])
+
+
+def _is_warp(node: onnx.NodeProto) -> bool:
+    """Return True for a `GridSample` with the attributes of our warp."""
+    attributes = BILINEAR | {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return node.op_type == "GridSample" and all(
+        attributes.get(key) in values for key, values in BORDER.items()
+    )

@@ -8,10 +8,10 @@ import numpy.typing as npt
 import openvino
 from openvino import opset13 as ops
 
+from .predictions import FLOW_CHANNELS
 from .rewriting import BFLOAT16, Value, channels, constant, readers, replace
 
 CONVOLUTIONS = {"Convolution", "ConvolutionBackpropData"}
-FLOW_CHANNELS = 2
 # A network whose second convolution reads at most this many channels is a thin refining network: a
 # few of these channels carry the flow that its first convolution read.
 FEW_CHANNELS = 24
