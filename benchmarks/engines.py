@@ -80,7 +80,7 @@ def _compare(name: str, model: FlowNet2, repository: Path, rounds: int) -> str:
 def time_in_turn(
     ways: dict[str, Estimate], image1: Images, image2: Images, rounds: int
 ) -> dict[str, float]:
-    """Return the median seconds of a call of each function, over rounds that call each once."""
+    """Return each function's median seconds per call; every round calls each function once."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, estimate in ways.items():

@@ -117,8 +117,9 @@ class Decoder(nn.Module):
     Each level concatenates the skip features with the upsampled features and the upsampled flow of
     the level below, and predicts flow from them, through ``interconv`` if there is one.
 
-    Attributes: crop: crop upsampled features and flow to the size of the skip features, for inputs
-        whose sides are not multiples of 64.
+    Attributes:
+        crop: crop upsampled features and flow to the size of the skip features, for inputs whose
+            sides are not multiples of 64.
     """
 
     crop = False
