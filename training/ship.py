@@ -2,8 +2,9 @@
 
     python -m training.ship runs/c weights/flownet2.safetensors
 
-`--mean-with` ships the mean of the run's weights and its initial weights, which often generalises
-better than either (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022).
+`--mean-with` ships a weighted mean of the run's weights and earlier weights, which often generalises
+better than either (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). `--share` is
+the weight of the run.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     return trainee.model, state["source"] + duration
 
 
-def mean_with(model: FlowNet2, file: Path) -> None:
-    """Replace the weights of `model` by their mean with the weights in `file`.
+def mean_with(model: FlowNet2, file: Path, share: float = 0.5) -> None:
+    """Replace the weights of `model` by a weighted mean with the weights in `file`.
+
+    Args:
+        model: the network, changed in place.
+        file: weights of the same network.
+        share: weight of `model` in the mean, 0 to 1.
 
     Raises:
         WeightsError: the file is unreadable, or belongs to another network.
@@ -44,7 +50,7 @@ def mean_with(model: FlowNet2, file: Path) -> None:
     other, _ = load_weights(model.network, file)
     with torch.no_grad():
         for parameter, before in zip(model.parameters(), other.parameters(), strict=True):
-            parameter.lerp_(before, 0.5)
+            parameter.lerp_(before, 1 - share)
 
 
 def main() -> None:
@@ -52,12 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of training.train")
     parser.add_argument("weights", type=Path, help="file to write")
-    parser.add_argument("--mean-with", type=Path, help="file with initial weights: ship the mean")
+    parser.add_argument("--mean-with", type=Path, help="file with earlier weights: ship the mean")
+    parser.add_argument("--share", type=float, default=0.5, help="weight of the run in the mean")
     arguments = parser.parse_args()
     model, source = finished_model(arguments.run)
     if arguments.mean_with:
-        mean_with(model, arguments.mean_with)
-        source += ", and the mean with the initial weights"
+        mean_with(model, arguments.mean_with, arguments.share)
+        source += f", averaged with earlier weights (share of the run: {arguments.share:g})"
     save_weights(model, arguments.weights, source, LICENSE)
     print(f"{arguments.weights}: {source}, {arguments.weights.stat().st_size / 1e6:.1f} MB")
 

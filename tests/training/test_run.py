@@ -237,10 +237,10 @@ def test_a_cascade_is_tuned_end_to_end_from_later_files_first(
         assert not torch.equal(block["decoder.predict2.weight"], old)
     layer = "decoder.predict2.weight"
     tuned, mean = (finished_model(tmp_path / "tuned")[0] for _ in range(2))
-    mean_with(mean, both)
+    mean_with(mean, both, share=0.75)
     for name, old in load_weights(mean.network, both)[0].blocks.items():
-        ends = [block.state_dict()[layer] for block in (tuned.blocks[name], old)]
-        torch.testing.assert_close(mean.blocks[name].state_dict()[layer], sum(ends) / 2)
+        new, before = (block.state_dict()[layer] for block in (tuned.blocks[name], old))
+        torch.testing.assert_close(mean.blocks[name].state_dict()[layer], 0.75 * new + 0.25 * before)
 
 
 def test_an_exact_match_leaves_gradients_finite() -> None:
