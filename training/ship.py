@@ -2,9 +2,9 @@
 
     python -m training.ship runs/c weights/flownet2.safetensors
 
-`--mean-with` ships a weighted mean of the run's weights and earlier weights, which often generalises
-better than either (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). `--share` is
-the weight of the run.
+`--mean-with` ships the mean of the run's weights and earlier weights, which often generalises
+better than either (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). `--share`
+is the weight of the run in the mean.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--mean-with", type=Path, help="file with earlier weights: ship the mean")
     parser.add_argument("--share", type=float, default=0.5, help="weight of the run in the mean")
     arguments = parser.parse_args()
+    if not 0 <= arguments.share <= 1:
+        parser.error(f"--share {arguments.share:g} is not from 0 to 1")
     model, source = finished_model(arguments.run)
     if arguments.mean_with:
         mean_with(model, arguments.mean_with, arguments.share)
