@@ -100,7 +100,7 @@ def memory(address: triton.Address) -> str:
 
 
 def write_video(path: Path, frames: int, side: int) -> None:
-    """Write a video in which a sample's first frame moves to the right."""
+    """Write a video of a sample image that shifts to the right by one pixel per frame."""
     with Image.open(sample_folders()[0] / "frame0.png") as image:
         pixels = np.asarray(image.convert("RGB").resize((side, side)))
     with av.open(str(path), "w") as container:

@@ -80,7 +80,7 @@ def _compare(name: str, model: FlowNet2, repository: Path, rounds: int) -> str:
 def time_in_turn(
     ways: dict[str, Estimate], image1: Images, image2: Images, rounds: int
 ) -> dict[str, float]:
-    """Return each function's median seconds per call; every round calls each function once."""
+    """Time the functions in turn, and return the median seconds per call of each."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, estimate in ways.items():

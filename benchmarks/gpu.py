@@ -71,7 +71,7 @@ def network_table(name: str, kernel: Kernel, folder: Path) -> str:
 
 
 def ways(name: str, kernel: Kernel, folder: Path) -> Iterator[tuple[str, Estimate]]:
-    """Yield the name and the function of each way to run the network on this machine."""
+    """Yield the label and the inference function of each configuration that can run here."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     model = FlowNet2(NETWORKS[name]).eval()

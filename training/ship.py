@@ -36,11 +36,11 @@ def finished_model(folder: Path) -> tuple[FlowNet2, str]:
     return trainee.model, state["source"] + duration
 
 
-def mean_with(model: FlowNet2, file: Path, share: float = 0.5) -> None:
-    """Replace the weights of `model` by a weighted mean with the weights in `file`.
+def mean_with(model: FlowNet2, file: Path, share: float) -> None:
+    """Average the weights of a network with those in a file, in place.
 
     Args:
-        model: the network, changed in place.
+        model: the network whose weights are replaced by the mean.
         file: weights of the same network.
         share: weight of `model` in the mean, 0 to 1.
 

@@ -108,8 +108,8 @@ def warp_by_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _is_warp(node: onnx.NodeProto) -> bool:
-    """Return True for a `GridSample` with the attributes of our warp."""
+    """Return whether a node is a ``GridSample`` with the attributes of a FlowNet2 warp."""
+    if node.op_type != "GridSample":
+        return False
     attributes = BILINEAR | {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    return node.op_type == "GridSample" and all(
-        attributes.get(key) in values for key, values in BORDER.items()
-    )
+    return all(attributes.get(key) in values for key, values in BORDER.items())

@@ -239,8 +239,7 @@ def test_a_cascade_is_tuned_end_to_end_from_later_files_first(
     tuned, mean = (finished_model(tmp_path / "tuned")[0] for _ in range(2))
     mean_with(mean, both, share=0.75)
     for name, old in load_weights(mean.network, both)[0].blocks.items():
-        after, before = (block.state_dict()[layer] for block in (tuned.blocks[name], old))
-        expected = 0.75 * after + 0.25 * before
+        expected = 0.75 * tuned.blocks[name].state_dict()[layer] + 0.25 * old.state_dict()[layer]
         torch.testing.assert_close(mean.blocks[name].state_dict()[layer], expected)
 
 
