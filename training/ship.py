@@ -59,14 +59,17 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run of training.train")
     parser.add_argument("weights", type=Path, help="file to write")
     parser.add_argument("--mean-with", type=Path, help="file with earlier weights: ship the mean")
-    parser.add_argument("--share", type=float, default=0.5, help="weight of the run in the mean")
+    parser.add_argument("--share", type=float, help="weight of the run in the mean (default: 0.5)")
     arguments = parser.parse_args()
-    if not 0 <= arguments.share <= 1:
-        parser.error(f"--share {arguments.share:g} is not from 0 to 1")
+    if arguments.share is not None and not arguments.mean_with:
+        parser.error("--share needs --mean-with")
+    share = 0.5 if arguments.share is None else arguments.share
+    if not 0 <= share <= 1:
+        parser.error(f"--share {share:g} is not from 0 to 1")
     model, source = finished_model(arguments.run)
     if arguments.mean_with:
-        mean_with(model, arguments.mean_with, arguments.share)
-        source += f", averaged with earlier weights (share of the run: {arguments.share:g})"
+        mean_with(model, arguments.mean_with, share)
+        source += f", averaged with earlier weights (share of the run: {share:g})"
     save_weights(model, arguments.weights, source, LICENSE)
     print(f"{arguments.weights}: {source}, {arguments.weights.stat().st_size / 1e6:.1f} MB")
 
