@@ -60,9 +60,14 @@ def for_size(model: openvino.Model, size: tuple[int, int]) -> openvino.Model:
     return fixed
 
 
-def run(model: openvino.Model, images: tuple[Images, Images]) -> Any:
+def run_all(model: openvino.Model, pairs: list[tuple[Images, Images]]) -> Any:
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return compiled(dict(zip(("image1", "image2"), images, strict=True)))[0]
+    names = ("image1", "image2")
+    return np.stack([compiled(dict(zip(names, images, strict=True)))[0] for images in pairs])
+
+
+def run(model: openvino.Model, images: tuple[Images, Images]) -> Any:
+    return run_all(model, [images])[0]
 
 
 def kinds(model: openvino.Model) -> list[str]:
@@ -215,10 +220,10 @@ def test_convolutions_read_whole_numbers(
     before = for_size(model, size)
     after = before.clone()
     read_whole_numbers(after)
-    images = pair(*size)
-    want = run(exact, images)
-    errors = [end_point_error(run(each, images), want).mean() for each in (before, after)]
-    assert errors[1] < 1.2 * errors[0]
+    pairs = [pair(*size, seed=seed) for seed in range(8)]  # the rounding of one is noise
+    want = run_all(exact, pairs)
+    errors = [end_point_error(run_all(each, pairs), want).mean() for each in (before, after)]
+    assert errors[1] < 1.1 * errors[0]
     shifts = [
         constant(node.input_value(1)).ravel()
         for node in nodes(after, "Subtract")
