@@ -13,7 +13,7 @@ from training.model import TrainingC
 
 
 def take_weights(model: FlowNet2, path: Path) -> tuple[set[str], str]:
-    """Load the image means and the blocks that a weights file has in common with `model`.
+    """Copy the image means and the matching blocks of a weights file into `model`.
 
     Returns:
         The names of these blocks, and the source of the file.
